@@ -1,0 +1,120 @@
+# Each target sets up what it needs, once: an environment of its own, made again only when pyproject.toml, setup.py or
+# constraints.txt change. Needs git, make and Python 3.11 or newer; nothing is installed outside this folder.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+WORKERS ?= 2
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Megatron-Core's newest release needs Python 3.12, which may be there under several names.
+PYTHON312 ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12 \
+    $$HOME/.local/share/uv/python/cpython-3.12*/bin/python3.12; \
+    do "$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
+
+INPUTS := pyproject.toml setup.py constraints.txt
+PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
+# The oldest transformers that is supported, and what it needs older than constraints.txt says.
+OLDEST := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+OLDER_NAMES := transformers|huggingface_hub|tokenizers
+
+say = @echo "==> $(1)"
+
+.PHONY: help demo test test-newest test-oldest-transformers lint format docs docs-check bench clean
+.PHONY: setup setup-newest setup-oldest-transformers
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */  make \1|/' | column -t -s '|'
+
+# torch goes first, so that no other package's range picks another build of it.
+.venv/ready: $(INPUTS)
+	$(call say,Setting up .venv: the program and what its tests need)
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; say which with make PYTHON=...") if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -m venv .venv
+	@.venv/$(PIP_INSTALL) -c constraints.txt torch
+	@.venv/$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv-3.12/ready: $(INPUTS)
+	$(call say,Setting up .venv-3.12: the same for Python 3.12 with the newest megatron-core)
+	@$(PYTHON312) -m venv .venv-3.12
+	@.venv-3.12/$(PIP_INSTALL) -c constraints.txt torch
+	@.venv-3.12/$(PIP_INSTALL) -c constraints.txt -e '.[test,megatron,transformers]'
+	@touch $@
+
+.venv-tf4/ready: $(INPUTS) Makefile
+	$(call say,Setting up .venv-tf4: the same with the oldest transformers that is supported)
+	@$(PYTHON) -m venv .venv-tf4
+	@grep -vE '^($(OLDER_NAMES))==' constraints.txt > .venv-tf4/constraints.txt
+	@printf '%s\n' $(OLDEST) >> .venv-tf4/constraints.txt
+	@.venv-tf4/$(PIP_INSTALL) -c .venv-tf4/constraints.txt torch
+	@.venv-tf4/$(PIP_INSTALL) -c .venv-tf4/constraints.txt -e '.[test,transformers]'
+	@touch $@
+
+setup: .venv/ready  ## the environment of all targets but the two below
+
+setup-newest: $(if $(PYTHON312),.venv-3.12/ready)
+
+setup-oldest-transformers: .venv-tf4/ready
+
+demo: setup  ## a tiny model there and back, dense and MoE, each command shown
+	$(call say,Converting a tiny dense and a tiny MoE model to Megatron and back in a temporary folder)
+	@export PATH="$(CURDIR)/.venv/bin:$$PATH"; \
+	work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; cd "$$work"; \
+	run() { echo; echo "\$$ qwen3vl-convert $$*"; qwen3vl-convert "$$@"; }; \
+	there_and_back() { \
+	    run make-checkpoint "$$1/hf" --size "$$1"; \
+	    run hf-to-megatron "$$1/hf" "$$1/megatron" "$${@:2}"; \
+	    run verify "$$1/hf" "$$1/megatron"; \
+	    run megatron-to-hf "$$1/megatron" "$$1/back" --config "$$1/hf"; \
+	    run verify "$$1/back" "$$1/megatron"; \
+	}; \
+	there_and_back tiny --tp 2 --pp 2; \
+	there_and_back tiny-moe --tp 2 --pp 2 --ep 2
+
+test: setup  ## all tests, on Python 3.11+ with the megatron-core that it takes
+	$(call say,Testing with $$(.venv/bin/python -V) and everything in constraints.txt)
+	@.venv/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-newest: setup-newest  ## all tests, on Python 3.12 with the newest megatron-core
+ifeq ($(strip $(PYTHON312)),)
+	$(call say,Skipped: no Python 3.12 here and megatron-core 0.19 needs it; say where with make PYTHON312=...)
+else
+	$(call say,Testing with $$(.venv-3.12/bin/python -V) and the newest megatron-core)
+	@.venv-3.12/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+endif
+
+test-oldest-transformers: setup-oldest-transformers  ## the tests marked `transformers`, on its oldest supported release
+	$(call say,Testing what is marked transformers with $(firstword $(OLDEST)))
+	@.venv-tf4/bin/python -m pytest -m transformers $(PYTEST_ARGS)
+
+lint: setup  ## ruff, mypy strict; pyright where it is installed
+	$(call say,Checking style and types)
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+	@.venv/bin/mypy --allow-untyped-defs --allow-incomplete-defs tests $(if $(wildcard benchmarks/*.py),benchmarks)
+	@if command -v pyright >/dev/null; then pyright --pythonpath .venv/bin/python qwen3vl_convert; fi
+
+format: setup  ## rewrite the files as `make lint` wants them
+	@.venv/bin/ruff check --fix
+	@.venv/bin/ruff format
+
+docs: setup  ## write the generated pages of docs/ again
+	$(call say,Generating the pages of docs/ that come from code)
+	@.venv/bin/python docs/generate.py
+
+docs-check: setup  ## fail if a generated page is not current
+	$(call say,Checking that the generated pages are current)
+	@.venv/bin/python docs/generate.py --check
+
+bench: setup  ## speed and memory, each with its ratio to cp
+	$(call say,Measuring; every figure is printed beside cp on the same bytes)
+	@.venv/bin/python benchmarks/run.py
+
+clean:  ## remove environments, caches and builds
+	$(call say,Removing environments, caches and builds)
+	@rm -rf .venv .venv-3.12 .venv-tf4 build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

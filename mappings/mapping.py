@@ -1,0 +1,272 @@
+"""The named equations. Each entry is a few lines: which axes of a Megatron parameter are which axes of which HF tensors.
+
+Keywords are Megatron-Bridge's, so a table written for it ports line by line: `*` in a name stands for an index, and where the
+kind implies the axes the names alone are enough. Anything else writes them: `AutoMapping("a.weight : c h", "b.weight : c h")`.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping as MappingOf
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qwen3vl_convert.errors import UsageError
+from qwen3vl_convert.mappings.equation import Equation, Term, check_shape
+from qwen3vl_convert.mappings.layout import Sizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Tensors = Tensor | MappingOf[str, Tensor]
+
+EXPERT_LAYOUTS = ("hub", "v5", "per-expert", "scrambled")
+"""How experts lie in HF folders: as published, as transformers >= 5.2 saves them, one by one, and as 5.0 and 5.1 saved them."""
+
+FIXED = {"s": 2, "t": 3}
+"""Axes whose size is the same in every model: gate and up; q, k and v."""
+
+_WILDCARD = re.compile(r"\*")
+_STANDS_FOR = (
+    (re.compile(r"(language_model\.decoder|language_model)\.layers\.$"), "l"),
+    (re.compile(r"(vision_model\.decoder\.layers|visual\.blocks)\.$"), "b"),
+    (re.compile(r"deepstack_merger_list\.$"), "m"),
+    (re.compile(r"experts\.([\w.]*(weight|bias))?$"), "e"),
+)
+
+
+@dataclass(frozen=True)
+class Mapping(ABC):
+    """Base of the named equations; a subclass is its keywords and the equation they stand for."""
+
+    parts: ClassVar[tuple[str, ...]] = ("hf_param",)
+    """The keywords that name HF tensors, in the order of the equation."""
+
+    megatron_param: str
+
+    def __post_init__(self) -> None:
+        self.equation  # noqa: B018  a wrong mapping is refused when it is declared
+
+    @cached_property
+    @abstractmethod
+    def equation(self) -> Equation:
+        """What the keywords stand for."""
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}\n{self.equation}"
+
+    def hf_to_megatron(self, hf_weights: "Tensors", sizes: Sizes | None = None, **place: int) -> "Tensor":
+        """The Megatron parameter made of HF tensors (one, or a dict by keyword: `{"q": ..., "k": ..., "v": ...}`).
+
+        `sizes` gives what shapes do not tell (for `QKVMapping`: kv, g or d). `place` picks an entry of an axis that is a
+        dimension of the HF tensor and an index in Megatron's name: `e=3` for expert 3 of a stack.
+        Returns a new contiguous tensor of the same dtype. Raises `MisshapenTensor`.
+        """
+        tensors = self._by_part(hf_weights)
+        equation = self.equation.ranked(next(iter(tensors.values())).dim())
+        sizes = equation.solve({name: tuple(t.shape) for name, t in tensors.items()}, FIXED | dict(sizes or {}))
+        first = next(iter(tensors.values()))
+        out = first.new_empty(equation.megatron.layout.shape(equation.full(sizes)))
+        for pair, part in zip(equation.pairs(sizes, self._chosen(equation, place)), equation.hf, strict=True):
+            pair.megatron.of(out).copy_(pair.hf.of(tensors[part.name]))
+        return out
+
+    def megatron_to_hf(self, megatron_weights: "Tensor", sizes: Sizes | None = None) -> "Tensors":
+        """The HF tensors that a whole Megatron parameter is made of: one, or a dict by keyword.
+
+        `sizes` as for `hf_to_megatron`. A stack of experts comes back as the slice of this expert.
+        """
+        equation = _without_names(self.equation.ranked(megatron_weights.dim()))
+        known = equation.known(FIXED | dict(sizes or {}))
+        shape = tuple(megatron_weights.shape)
+        known |= {a: s for a, s in equation.megatron.layout.solve(shape, known, equation.megatron.name).items() if a != "*"}
+        self._need(equation, known)
+        check_shape(equation.megatron, equation.megatron.name, shape, equation.full(known))
+        out = [megatron_weights.new_empty(part.layout.shape(known)) for part in equation.hf]
+        for pair, tensor in zip(equation.pairs(known, dict.fromkeys(equation.place_axes, 0)), out, strict=True):
+            pair.hf.of(tensor).copy_(pair.megatron.of(megatron_weights))
+        return out[0] if len(out) == 1 else dict(zip(self.parts, out, strict=True))
+
+    def _by_part(self, weights: "Tensors") -> dict[str, "Tensor"]:
+        given = weights if isinstance(weights, MappingOf) else {self.parts[0]: weights}
+        if set(given) != set(self.parts[: len(self.equation.hf)]):
+            raise UsageError(f"{self}\n  expected the tensors {', '.join(self.parts)}, found {', '.join(given)}.")
+        return {term.name: given[part] for part, term in zip(self.parts, self.equation.hf, strict=True)}
+
+    @staticmethod
+    def _chosen(equation: Equation, place: MappingOf[str, int]) -> dict[str, int]:
+        stacked = {a for part in equation.hf for a in part.layout.axes} & set(equation.place_axes)
+        if stacked - place.keys():
+            raise UsageError(f"{equation}\n  say which entry: {', '.join(f'{a}=' for a in sorted(stacked))}")
+        return dict.fromkeys(equation.place_axes, 0) | dict(place)
+
+    @staticmethod
+    def _need(equation: Equation, known: Sizes) -> None:
+        unknown = {a for part in equation.hf for a in part.layout.axes} - known.keys()
+        if unknown:
+            raise UsageError(f"{equation}\n  needs the size of {', '.join(sorted(unknown))}: pass sizes={{...}}.")
+
+
+def _without_names(equation: Equation) -> Equation:
+    """The equation of one place: axes that live in Megatron's name are no dimensions of the HF tensors either."""
+    terms = []
+    for part in equation.hf:
+        layout = part.layout
+        for axis in equation.megatron.name_axes:
+            layout = layout.without(axis) if axis in layout.axes else layout
+        terms.append(Term(part.name, layout))
+    megatron = Term(re.sub(r"{\w+}", "0", equation.megatron.name), equation.megatron.layout)
+    terms = [Term(re.sub(r"{\w+}", "0", t.name), t.layout) for t in terms]
+    return replace(equation, megatron=megatron, hf=tuple(terms))
+
+
+def _term(text: str, implied: str | None) -> Term:
+    """`name` or `name : layout`; a bare name takes the axes that the kind implies."""
+    named = _named_wildcards(text)
+    if " : " in named:
+        return Term.parse(named)
+    if implied is None:
+        raise UsageError(f"{text!r}: nothing implies its axes; write them, as in `{text} : c h`.")
+    return Term.parse(f"{named} : {implied}")
+
+
+def _named_wildcards(text: str) -> str:
+    """Megatron-Bridge's `*` in names as axes: `layers.*.x` as `layers.{l}.x`."""
+    name, colon, layout = text.partition(" : ")
+    count = 0
+    while star := _WILDCARD.search(name):
+        axis = next((axis for pattern, axis in _STANDS_FOR if pattern.search(name[: star.start()])), f"index{count}")
+        name, count = f"{name[: star.start()]}{{{axis}}}{name[star.end() :]}", count + 1
+    return name + colon + layout
+
+
+def _bare(text: str, weight: str) -> str:
+    """The axes that a kind implies for a weight, or for its bias: the first dimension alone."""
+    is_bias = re.search(r"bias(\*|{\w+})?$", text.partition(" : ")[0])
+    return re.sub(r"(\([^)]*\)|\S+) .*", r"\1", weight) if is_bias else weight
+
+
+@dataclass(frozen=True)
+class AutoMapping(Mapping):
+    """One tensor, one parameter. Which axes are cut follows from their names; `padded` names one that Megatron may pad."""
+
+    hf_param: str
+    padded: str | None = None
+
+    @cached_property
+    def equation(self) -> Equation:
+        return Equation(_term(self.megatron_param, None), (_term(self.hf_param, None),), padded=self.padded)
+
+
+@dataclass(frozen=True)
+class ReplicatedMapping(Mapping):
+    """One tensor, one parameter, the same on every tensor parallel rank; any shape when no axes are written."""
+
+    hf_param: str
+
+    @cached_property
+    def equation(self) -> Equation:
+        return Equation(_term(self.megatron_param, "..."), (_term(self.hf_param, "..."),), uncut=True)
+
+
+@dataclass(frozen=True)
+class QKVMapping(Mapping):
+    """Separate q, k, v; Megatron keeps, per key-value group, its query heads, then its key, then its value."""
+
+    parts: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    q: str
+    k: str
+    v: str
+
+    @cached_property
+    def equation(self) -> Equation:
+        layouts = ("(kv g d) h", "(kv d) h", "(kv d) h")
+        hf = tuple(_term(t, _bare(t, layout)) for t, layout in zip((self.q, self.k, self.v), layouts, strict=True))
+        return Equation(_term(self.megatron_param, _bare(self.megatron_param, "(kv * d) h")), hf)
+
+
+@dataclass(frozen=True)
+class ConcatenatedQKVMapping(Mapping):
+    """The vision tower's `attn.qkv`, all q then all k then all v; Megatron keeps q, k, v per head."""
+
+    hf_param: str
+
+    @cached_property
+    def equation(self) -> Equation:
+        ours = _term(self.megatron_param, _bare(self.megatron_param, "(n t c) v"))
+        return Equation(ours, (_term(self.hf_param, _bare(self.hf_param, "(t n c) v")),))
+
+
+@dataclass(frozen=True)
+class GatedMLPMapping(Mapping):
+    """Separate gate and up; Megatron keeps all gate rows, then all up rows (per rank: its gate rows, its up rows)."""
+
+    parts: ClassVar[tuple[str, ...]] = ("gate", "up")
+    gate: str
+    up: str
+
+    @cached_property
+    def equation(self) -> Equation:
+        hf = tuple(_term(t, _bare(t, "f h")) for t in (self.gate, self.up))
+        return Equation(_term(self.megatron_param, _bare(self.megatron_param, "(* f) h")), hf, apart="*")
+
+
+@dataclass(frozen=True)
+class _ExpertMapping(Mapping):
+    """An expert parameter: Megatron's name carries the expert, the HF side depends on who wrote the folder."""
+
+    hf_param: str
+    experts_layout: str = "hub"
+
+    def __post_init__(self) -> None:
+        if self.experts_layout not in EXPERT_LAYOUTS:
+            raise UsageError(f"experts layout {self.experts_layout!r}: expected one of {', '.join(EXPERT_LAYOUTS)}.")
+        super().__post_init__()
+
+    def laid_out(self, experts_layout: str) -> "_ExpertMapping":
+        """The same mapping against another HF layout."""
+        return replace(self, experts_layout=experts_layout)
+
+    def _one_by_one(self, projection: str, layout: str) -> Term:
+        return _term(f"{self.hf_param.rpartition('.')[0]}.{{e}}.{projection}.weight : {layout}", None)
+
+
+@dataclass(frozen=True)
+class ExpertMLPGateUpProjMapping(_ExpertMapping):
+    """Gate and up of one expert: `gate_up_proj` of all experts, or gate_proj and up_proj of each."""
+
+    @cached_property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("hf_param",) if self.experts_layout in ("hub", "v5") else ("gate", "up")
+
+    @cached_property
+    def equation(self) -> Equation:
+        if self.experts_layout == "per-expert":
+            hf = tuple(self._one_by_one(projection, "i h") for projection in ("gate_proj", "up_proj"))
+            return Equation(_term(self.megatron_param, "(* i) h"), hf, apart="*")
+        if self.experts_layout == "scrambled":
+            # transformers 5.0 cut the published [h, 2i] across h: "gate" has the first half of the rows, "up" the rest.
+            hf = tuple(self._one_by_one(projection, "half (s i)") for projection in ("gate_proj", "up_proj"))
+            return Equation(_term(self.megatron_param, "(s i) (* half)"), hf, apart="s")
+        fused = "e h (s i)" if self.experts_layout == "hub" else "e (s i) h"
+        return Equation(_term(self.megatron_param, "(s i) h"), (_term(self.hf_param, fused),), apart="s")
+
+
+@dataclass(frozen=True)
+class ExpertMLPDownProjMapping(_ExpertMapping):
+    """Down of one expert: `down_proj` of all experts, or of each."""
+
+    @cached_property
+    def equation(self) -> Equation:
+        if self.experts_layout == "per-expert":
+            hf = self._one_by_one("down_proj", "h i")
+        elif self.experts_layout == "scrambled":
+            hf = self._one_by_one("down_proj", "i h")
+        else:
+            hf = _term(self.hf_param, "e i h" if self.experts_layout == "hub" else "e h i")
+        return Equation(_term(self.megatron_param, "h i"), (hf,))
+
+
+def laid_out(mapping: Any, experts_layout: str) -> Any:
+    """A mapping against another HF expert layout; mappings of other things are returned as they are."""
+    return mapping.laid_out(experts_layout) if isinstance(mapping, _ExpertMapping) else mapping

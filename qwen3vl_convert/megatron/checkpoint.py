@@ -1,0 +1,239 @@
+"""A torch_dist checkpoint as named tensors in files: headers and small objects are read, no data, nothing is executed."""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen3vl_convert.dims import CONFIG_FILE, Dims, read_config
+from qwen3vl_convert.errors import ConfigError, CorruptFile, InputError, UnsupportedFormat, listing
+from qwen3vl_convert.megatron.blob import read_object_blob, read_tensor_blob
+from qwen3vl_convert.megatron.metadata import ChunkEntry, Metadata, ObjectEntry, TensorEntry, read_metadata
+from qwen3vl_convert.megatron.run_config import config_of_run, read_run_config
+from qwen3vl_convert.storage import WEIGHT_DTYPES, Chunk, StoredTensor
+
+TRACKER = "latest_checkpointed_iteration.txt"
+HF_FOLDER = "hf"
+"""Where a checkpoint that we wrote keeps the config and the auxiliary files of its source."""
+
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+_ITERATION = re.compile(r"iter_\d{7}|release")
+_FOREIGN = (
+    (re.compile(r"language_model\.projection|.*projection\.encoder\.|.*deepstack_norm_list"), "Pai-Megatron-Patch"),
+    (re.compile(r"visual\."), "ms-swift (mcore-bridge)"),
+    (re.compile(r"(module|model)\."), "Megatron-FSDP or a wrapped model"),
+    (re.compile(r"(decoder|embedding)\."), "a text-only Megatron-Core GPTModel"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronCheckpoint:
+    """One iteration of a checkpoint. `tensors` are its weights, by their key on disk; what else there is is `ignored`.
+
+    `config` is a config.json as far as the checkpoint knows one, and `config_from` says from where.
+    `auxiliary` are the files that travelled along. `notes` are what a user should know, a sentence each.
+    """
+
+    folder: Path
+    iteration: str
+    tensors: dict[str, StoredTensor]
+    ignored: tuple[str, ...]
+    common: dict[str, Any]
+    config: dict[str, Any] | None
+    config_from: Path | None
+    auxiliary: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+    def dims(self) -> Dims:
+        """The model's sizes. Raises `ConfigError` when the checkpoint does not say them."""
+        if self.config is None:
+            raise ConfigError(
+                f"{self.folder}: has neither {HF_FOLDER}/{CONFIG_FILE} nor a run_config.yaml with the model's sizes. "
+                f"Pass --config with the folder or Hub id of the model that it was made from."
+            )
+        return Dims.from_config(self.config, str(self.config_from))
+
+
+def read_megatron(path: Path, iteration: int | str | None = None) -> MegatronCheckpoint:
+    """The checkpoint at `path`, a run folder or one `iter_*` or `release` folder. Raises `InputError`'s kinds."""
+    folder = iteration_folder(path, iteration)
+    metadata = read_metadata(folder / ".metadata")
+    weights = {key: entry for key, entry in metadata.tensors.items() if not _OPTIMIZER.match(key)}
+    _refuse_foreign(weights, folder)
+    tensors = _stored(weights, folder)
+    config, config_from = _config(folder)
+    ignored = tuple(key for key in metadata.tensors if key not in weights)
+    return MegatronCheckpoint(
+        folder=folder,
+        iteration=folder.name,
+        tensors=tensors,
+        ignored=ignored,
+        common=_common(metadata, folder),
+        config=config,
+        config_from=config_from,
+        auxiliary=_auxiliary(folder),
+        notes=_notes(metadata, ignored),
+    )
+
+
+def iteration_folder(path: Path, iteration: int | str | None = None) -> Path:
+    """The folder of one iteration: `path` itself, the one asked for, or the one that the tracker names."""
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder. Expected a Megatron checkpoint.")
+    if iteration is None and (path / ".metadata").is_file():
+        return _checked_format(path)
+    if iteration is None and _is_legacy(path):
+        raise _legacy(path)
+    found = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and _ITERATION.fullmatch(entry.name))
+    name = _asked(path, found) if iteration is None else _folder_name(iteration)
+    if name not in found:
+        raise InputError(f"{path}: expected the iteration {name}, found {listing(found) or 'none'}. Pass --iteration.")
+    return _checked_format(path / name)
+
+
+def _folder_name(iteration: int | str) -> str:
+    return f"iter_{int(iteration):07d}" if str(iteration).isdecimal() else str(iteration)
+
+
+def _asked(path: Path, found: list[str]) -> str:
+    """The iteration of a run folder: the tracker's word, or the only one there is."""
+    tracker = path / TRACKER
+    if tracker.is_file():
+        text = tracker.read_text(errors="replace").strip()
+        if text != "release" and not (text.isdecimal() and len(text) <= 7):
+            raise CorruptFile(f"{tracker}: expected an iteration or `release`, found {text[:40]!r}. Pass --iteration.")
+        return _folder_name(text)
+    if len(found) != 1:
+        raise InputError(
+            f"{path}: is no Megatron checkpoint: expected .metadata, {TRACKER} or one iter_* folder, "
+            f"found {listing(found) or 'none of them'}."
+        )
+    return found[0]
+
+
+def _is_legacy(folder: Path) -> bool:
+    return any(re.fullmatch(r"mp_rank_\d\d.*", entry.name) for entry in folder.iterdir())
+
+
+def _legacy(folder: Path) -> UnsupportedFormat:
+    return UnsupportedFormat(
+        f"{folder}: is a legacy `torch` checkpoint (mp_rank_*), which is not read yet. "
+        f"Save it as torch_dist with Megatron-LM (--ckpt-convert-format torch_dist)."
+    )
+
+
+def _checked_format(folder: Path) -> Path:
+    """The folder, when it is torch_dist. Raises `UnsupportedFormat` naming the format that it is instead."""
+    if _is_legacy(folder):
+        raise _legacy(folder)
+    if not (folder / ".metadata").is_file():
+        raise InputError(f"{folder}: expected a .metadata file, found none: no torch_dist checkpoint, or an incomplete one.")
+    marker = folder / "metadata.json"
+    if not marker.is_file():
+        raise UnsupportedFormat(
+            f"{folder}: has .metadata and no metadata.json: a checkpoint of torch.distributed or Megatron-FSDP "
+            f"(fsdp_dtensor), which is not read. Save it with --ckpt-format torch_dist."
+        )
+    try:
+        backend = json.loads(marker.read_text()).get("sharded_backend")
+    except (ValueError, AttributeError) as error:
+        raise CorruptFile(f"{marker}: is no JSON object ({error}).") from None
+    if backend != "torch_dist":
+        raise UnsupportedFormat(f"{marker}: expected the backend torch_dist, found {backend!r}, which is not read.")
+    return folder
+
+
+def _refuse_foreign(keys: Iterable[str], folder: Path) -> None:
+    known = [key for key in keys if not key.startswith(("language_model.", "vision_model."))]
+    for pattern, writer in _FOREIGN:
+        if any(pattern.match(key) for key in known):
+            raise UnsupportedFormat(
+                f"{folder}: expected tensors under language_model. and vision_model., found {listing(known, 3)}: "
+                f"names of {writer}, which are not read."
+            )
+
+
+def _stored(weights: dict[str, TensorEntry], folder: Path) -> dict[str, StoredTensor]:
+    files = sorted({chunk.relative_path for entry in weights.values() for chunk in entry.chunks})
+    descriptors = {name: os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC) for name in files}
+    try:
+        return {
+            key: StoredTensor(
+                key,
+                _weight_dtype(key, entry.dtype, folder),
+                entry.shape,
+                tuple(_chunk(key, entry, chunk, folder, descriptors[chunk.relative_path]) for chunk in entry.chunks),
+            )
+            for key, entry in weights.items()
+        }
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _weight_dtype(key: str, dtype: str, folder: Path) -> str:
+    if dtype not in WEIGHT_DTYPES:
+        raise UnsupportedFormat(f"{folder}: {key}: expected one of {', '.join(WEIGHT_DTYPES)}, found {dtype}.")
+    return dtype
+
+
+def _chunk(key: str, entry: TensorEntry, chunk: ChunkEntry, folder: Path, descriptor: int) -> Chunk:
+    """Where a chunk's data lie; the blob must be what `.metadata` says."""
+    path = folder / chunk.relative_path
+    blob = read_tensor_blob(descriptor, chunk.offset, chunk.length, str(path))
+    if (blob.dtype, blob.shape) != (entry.dtype, chunk.sizes):
+        raise CorruptFile(
+            f"{path}: chunk {chunk.offsets} of {key}: expected {entry.dtype} {chunk.sizes} as .metadata says, "
+            f"found {blob.dtype} {blob.shape}. Save the checkpoint again."
+        )
+    return Chunk(chunk.offsets, chunk.sizes, path, blob.data_start)
+
+
+def _config(folder: Path) -> tuple[dict[str, Any] | None, Path | None]:
+    if (folder / HF_FOLDER / CONFIG_FILE).is_file():
+        return read_config(folder / HF_FOLDER), folder / HF_FOLDER / CONFIG_FILE
+    path = folder / "run_config.yaml"
+    run_config = read_run_config(path)
+    return (None, None) if run_config is None else (config_of_run(run_config, str(path)), path)
+
+
+def _auxiliary(folder: Path) -> tuple[Path, ...]:
+    """Files of the source that travelled along: ours under hf/, Megatron's own under tokenizer/."""
+    for name in (HF_FOLDER, "tokenizer"):
+        if (folder / name).is_dir():
+            files = (path for path in sorted((folder / name).iterdir()) if path.is_file() and not path.is_symlink())
+            return tuple(path for path in files if path.name != CONFIG_FILE and path.suffix != ".safetensors")
+    return ()
+
+
+def _common(metadata: Metadata, folder: Path) -> dict[str, Any]:
+    """The common state, of 0.19 (in a `.distcp`) or of 0.18 and before (`common.pt`); empty when there is none."""
+    entry = next((e for key, e in metadata.objects.items() if key.startswith("common_state/")), None)
+    path = folder / (entry.relative_path if entry else "common.pt")
+    if not path.is_file():
+        return {}
+    value = read_object_blob(_object_bytes(path, entry), str(path))
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return value if isinstance(value, dict) else {}
+
+
+def _object_bytes(path: Path, entry: ObjectEntry | None) -> bytes:
+    if entry is None:
+        return path.read_bytes()
+    with path.open("rb") as file:
+        file.seek(entry.offset)
+        return file.read(entry.length)
+
+
+def _notes(metadata: Metadata, ignored: tuple[str, ...]) -> tuple[str, ...]:
+    states = [k for k in metadata.objects if "_extra_state" not in k and not k.startswith("common_state/")]
+    notes = []
+    if ignored or states:
+        notes.append(
+            f"Training state is left out: {len(ignored)} optimizer tensors and {len(states)} objects "
+            f"({listing(states, 2) or 'none'})."
+        )
+    return tuple(notes)
