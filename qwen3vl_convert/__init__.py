@@ -1,1 +1,66 @@
-"""Checkpoint conversion for Qwen3-VL: Hugging Face safetensors <-> Megatron distributed checkpoints."""
+"""Checkpoint conversion for Qwen3-VL: Hugging Face safetensors <-> Megatron distributed checkpoints.
+
+The commands of the command line are functions here: `hf_to_megatron`, `megatron_to_hf`, `inspect`, `explain`, `make_checkpoint`,
+and `verify` in `qwen3vl_convert.verify`; mappings of your own are registered with `register_mapping`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen3vl_convert.convert import Result, RunOptions, hf_to_megatron, megatron_to_hf
+    from qwen3vl_convert.dims import Dims
+    from qwen3vl_convert.errors import ConvertError, InputError, OutputError, UsageError
+    from qwen3vl_convert.explanation import Explanation, explain
+    from qwen3vl_convert.fill import FillOptions
+    from qwen3vl_convert.inspection import Inspection, inspect
+    from qwen3vl_convert.make import make_checkpoint
+    from qwen3vl_convert.mappings import (
+        AutoMapping,
+        ConcatenatedQKVMapping,
+        ExpertMLPDownProjMapping,
+        ExpertMLPGateUpProjMapping,
+        GatedMLPMapping,
+        MappingRegistry,
+        QKVMapping,
+        ReplicatedMapping,
+        mapping_registry,
+        register_mapping,
+    )
+    from qwen3vl_convert.parallel import ParallelLayout
+
+_HOME = {
+    "convert": ("Result", "RunOptions", "hf_to_megatron", "megatron_to_hf"),
+    "dims": ("Dims",),
+    "errors": ("ConvertError", "InputError", "OutputError", "UsageError"),
+    "explanation": ("Explanation", "explain"),
+    "fill": ("FillOptions",),
+    "inspection": ("Inspection", "inspect"),
+    "make": ("make_checkpoint",),
+    "mappings": (
+        "AutoMapping",
+        "ConcatenatedQKVMapping",
+        "ExpertMLPDownProjMapping",
+        "ExpertMLPGateUpProjMapping",
+        "GatedMLPMapping",
+        "MappingRegistry",
+        "QKVMapping",
+        "ReplicatedMapping",
+        "mapping_registry",
+        "register_mapping",
+    ),
+    "parallel": ("ParallelLayout",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [  # noqa: PLE0604  the same names, once more, for `import *`
+    *_MODULE_OF
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `--help` must not wait for numpy."""
+    from importlib import import_module
+
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

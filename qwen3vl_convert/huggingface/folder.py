@@ -136,7 +136,9 @@ def _dtype_notes(dtypes: Mapping[str, str], claimed: str | None) -> tuple[str, .
     counts = Counter(dtypes.values()).most_common()
     notes = []
     if len(counts) > 1:
-        notes.append("mixed dtypes: " + ", ".join(f"{count} tensors of {dtype}" for dtype, count in counts))
+        (most, count), *rest = counts
+        others = [f"{dtype} in {number}" for dtype, number in rest]
+        notes.append(", ".join([f"mixed dtypes: {most} in {count} tensors", *others]))
     if claimed is not None and claimed != counts[0][0]:
         notes.append(f"{CONFIG_FILE} says {claimed}, the tensors are {counts[0][0]}; the tensors count")
     return tuple(notes)

@@ -34,7 +34,7 @@ def resolve(
     HF_HUB_OFFLINE, HF_HOME and the other variables of huggingface_hub apply. Raises InputError with what to do.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() and source != "":
         return Resolved(folder, None, None)
     match = None if isinstance(source, Path) or folder.exists() else _HUB_ID.fullmatch(source)
     if match is None or source.startswith((".", "~")):  # type: ignore[union-attr]  # a match is of a str

@@ -230,7 +230,7 @@ class _Reader:
         if found.is_symlink() and found.resolve().parent != self.path.parent.resolve():
             raise UnsafeFile(f"{found}: a link out of the checkpoint, to {found.resolve()}. Copy the file instead.")
         if not found.is_file():
-            raise self.corrupt(f"names the file {file}, which is not there")
+            raise self.corrupt(f"names the file {file!r}, which is not there")
         return found.stat().st_size
 
 
@@ -275,8 +275,8 @@ def _flattened(fields: Mapping[str, object]) -> frozenset[str]:
 # -------------------------------------------------------------------------------------------------------------- tiling
 
 
-# Work on chunks that are no regular grid: each may be looked at this often. Only a made-up table needs more.
-_MOST_VISITS = 200
+# How often a chunk may be looked at on average, where chunks are no grid. Only a made-up table needs more.
+_MOST_VISITS = 50
 
 
 def tiling_problem(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
@@ -308,7 +308,7 @@ def _is_grid(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
     """Whether each box is one cell of a grid, and no cell occurs twice. Then no two boxes can overlap."""
     for dim in range(len(shape)):
         starts = sorted({offsets[dim] for offsets, _ in boxes})
-        ends = dict(zip(starts, [*starts[1:], shape[dim]], strict=True))
+        ends = dict(pairwise([*starts, shape[dim]]))
         if any(offsets[dim] + sizes[dim] > ends[offsets[dim]] for offsets, sizes in boxes):
             return False
     return len({offsets for offsets, _ in boxes}) == len(boxes)
@@ -317,7 +317,7 @@ def _is_grid(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
 def _overlap(boxes: Sequence[Box], rank: int) -> str | None:
     """Two boxes that overlap, if there are any, whatever their arrangement."""
     try:
-        return _shared(boxes, 0, rank, iter(range(_MOST_VISITS * len(boxes))))
+        return _shared(boxes, 0, rank, iter(range(_MOST_VISITS * (len(boxes) + 1000))))
     except StopIteration:
         return "its chunks are of no regular kind, and too many to check"
 

@@ -130,20 +130,19 @@ def test_square_gate_up_with_the_others_down() -> None:
 def test_layers_that_contradict_each_other(one: str, other: str) -> None:
     dims = moe()
     second = {name: shape for name, shape in model_shapes(dims, other).items() if f"{LAYER}1." in name}
-    with pytest.raises(MisshapenTensor, match="found several: .*layers.0.*layers.1.*--experts-layout"):
+    with pytest.raises(MisshapenTensor, match=r"found several: .*layers.0.*layers.1.*--experts-layout"):
         experts_layout(stored(model_shapes(dims, one) | second), dims)
 
 
 def test_both_fused_and_one_by_one() -> None:
     dims = moe()
-    with pytest.raises(InputError, match="both together .*gate_up_proj.* and one by one .*0.gate_proj"):
+    with pytest.raises(InputError, match=r"both together .*gate_up_proj.* and one by one .*0.gate_proj"):
         experts_layout(stored(model_shapes(dims) | model_shapes(dims, "per-expert")), dims)
 
 
 def test_fused_for_each_expert() -> None:
-    shapes = {
-        f"{LAYER}{layer}.mlp.experts.{expert}.gate_up_proj.weight": (16, 12) for layer in (0, 1) for expert in (0, 1)
-    }
+    one = LAYER + "{}.mlp.experts.{}.gate_up_proj.weight"
+    shapes: Shapes = {one.format(layer, expert): (16, 12) for layer in (0, 1) for expert in (0, 1)}
     with pytest.raises(UnsupportedFormat, match="mbridge keep_stacked_experts=False"):
         experts_layout(stored(shapes), moe())
 
@@ -165,5 +164,5 @@ def test_no_experts_at_all() -> None:
 
 def test_a_config_that_claims_too_much_is_refused_at_once() -> None:
     dims = moe(text_config__num_hidden_layers=4096, text_config__num_experts=65536)
-    with pytest.raises(MissingTensors, match="layers.0.mlp.experts.4"):
+    with pytest.raises(MissingTensors, match=r"layers.0.mlp.experts.4"):
         experts_layout(stored(model_shapes(moe(), "per-expert")), dims)

@@ -113,7 +113,7 @@ def test_two_ways_of_naming(tmp_path: Path) -> None:
 
 
 def test_names_of_nobody(tmp_path: Path) -> None:
-    with pytest.raises(UnknownTensors, match="found a, lm_head.weight. These are not the weights of a Qwen3-VL"):
+    with pytest.raises(UnknownTensors, match=r"found a, lm_head.weight. These are not the weights of a Qwen3-VL"):
         read_folder(make_folder(tmp_path, CONFIG, {"a": (1,), "lm_head.weight": (1,)}))
 
 

@@ -204,7 +204,7 @@ def shard_of(tensor: Any) -> Shard:
 
 
 def load(job: Load, chunks: list[Any]) -> None:
-    """Strictly twice: every key that the model asks for is in the file, and every parameter of the modules is filled."""
+    """Strictly twice: every key that the model asks for is in the file, and fills every parameter of the modules."""
     from megatron.core import dist_checkpointing
 
     asked = sharded_state(chunks, job.keys)

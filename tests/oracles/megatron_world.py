@@ -11,6 +11,7 @@ This half runs in the test and never imports megatron; `megatron_rank` is the ha
 """
 
 import math
+import multiprocessing
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 # What takes seconds to import is imported once, in a server process that ranks are forked from.
 PRELOAD = [
@@ -42,6 +43,11 @@ class World:
     def size(self) -> int:
         """The number of processes."""
         return self.pp * math.lcm(self.tp, self.ep * self.etp)
+
+    def __str__(self) -> str:
+        """What differs from one process, `tp2pp2vpp2`: the name of a test."""
+        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "ep": self.ep, "etp": self.etp}
+        return "".join(f"{name}{size}" for name, size in sizes.items() if size not in (None, 1)) or "single"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +140,11 @@ def run_world(world: World, jobs: Sequence[Job]) -> list[Ranks]:
     """Do the jobs in order in one world; per job, each rank's shards. A rank's exception is raised here."""
     from oracles.megatron_rank import rank_main  # its module level imports nothing of megatron
 
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as name:
         meeting_point = Path(name)
-        torch.multiprocessing.start_processes(
-            rank_main, (world, list(jobs), meeting_point), nprocs=world.size, start_method="forkserver"
-        )
+        arguments = (world, list(jobs), meeting_point)
+        start_processes(rank_main, arguments, nprocs=world.size, start_method="forkserver")  # type: ignore[no-untyped-call]
         ranks = [torch.load(meeting_point / f"rank{rank}.pt", weights_only=False) for rank in range(world.size)]
     return [[shards[job] for shards in ranks] for job in range(len(jobs))]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracles.megatron_world import DENSE, MOE, Keys, Load, Sizes, World, assemble, differences, run_world
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 pytestmark = pytest.mark.megatron
 
@@ -33,7 +34,9 @@ def megatron_text(hf: Tensors, model: Sizes) -> Tensors:
     """The text decoder as a torch_dist checkpoint holds it, in plain torch and without the project's notation."""
 
     def layer(i: int) -> Tensors:
-        source = {key.split(f"layers.{i}.")[1]: value for key, value in hf.items() if f"language_model.layers.{i}." in key}
+        source = {
+            key.split(f"layers.{i}.")[1]: value for key, value in hf.items() if f"language_model.layers.{i}." in key
+        }
         q, k, v = (source[f"self_attn.{x}_proj.weight"].chunk(model.groups) for x in "qkv")
         return {
             "self_attention.linear_qkv.weight": torch.cat([torch.cat(group) for group in zip(q, k, v, strict=True)]),
@@ -84,7 +87,9 @@ def readable(source: Path, target: Path) -> Path:
     return target
 
 
-def check(world: World, golden: dict[str, tuple[str, Sizes]], megatron: Path, huggingface: Path, tmp_path: Path) -> None:
+def check(
+    world: World, golden: dict[str, tuple[str, Sizes]], megatron: Path, huggingface: Path, tmp_path: Path
+) -> None:
     """Every golden checkpoint, whatever layout wrote it, loaded in this one and compared with its source."""
     jobs = [Load(readable(megatron / name, tmp_path / name), model) for name, (_, model) in golden.items()]
     for ranks, (name, (source, model)) in zip(run_world(world, jobs), golden.items(), strict=True):
@@ -111,5 +116,5 @@ def test_moe(world: World, golden_megatron: Path, golden_huggingface: Path, tmp_
 def test_local_specs_norm_name_is_not_there(golden_megatron: Path, tmp_path: Path) -> None:
     """Why the harness renames: without that, Megatron-Core's local spec cannot load what trainers write."""
     folder = readable(golden_megatron / "moe_tp1pp1", tmp_path / "moe")
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"linear_fc1\.layer_norm_weight"):
+    with pytest.raises(ProcessRaisedException, match=r"linear_fc1\.layer_norm_weight"):
         run_world(World(), [Load(folder, MOE, Keys(te_norm=False))])

@@ -18,12 +18,18 @@ from oracles.megatron_world import (
     random_tensor,
     run_world,
 )
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 pytestmark = pytest.mark.megatron
 
 SQUARE = Sizes(layers=2, hidden=32, heads=2, groups=2, head_dim=16, ffn=16, vocab=32)
 ODD = Sizes(layers=3, hidden=20, heads=6, groups=2, head_dim=10, ffn=14, vocab=34)
+SIZES = {
+    "square": SQUARE,
+    "odd": ODD,
+    "moe-square": replace(SQUARE, experts=4, expert_ffn=16),
+    "moe-odd": replace(ODD, experts=6, expert_ffn=10),
+}
 KEYS = {
     "stacked": Keys(),
     "unprefixed": Keys(prefix=""),
@@ -44,9 +50,7 @@ def test_saved_in_one_layout_and_loaded_in_another(model: Sizes, keys: Keys, tmp
     assert differences(tensors, {key: random_tensor(key, value.shape) for key, value in tensors.items()}) == []
 
 
-@pytest.mark.parametrize(
-    "model", [SQUARE, ODD, replace(ODD, experts=6, expert_ffn=10), replace(SQUARE, experts=4, expert_ffn=16)], ids=str
-)
+@pytest.mark.parametrize("model", SIZES.values(), ids=SIZES)
 def test_sizes(model: Sizes, tmp_path: Path) -> None:
     [saved] = run_world(World(tp=2, ep=2), [Save(tmp_path, model)])
     [loaded] = run_world(World(etp=2), [Load(tmp_path, model)])
@@ -54,7 +58,7 @@ def test_sizes(model: Sizes, tmp_path: Path) -> None:
 
 
 def test_training_checkpoint_holds_more_than_weights(tmp_path: Path) -> None:
-    [saved] = run_world(World(tp=2, pp=2), [Save(tmp_path, extras=True)])
+    [saved] = run_world(World(tp=2, pp=2, vpp=2), [Save(tmp_path, extras=True)])
     stored = FileSystemReader(str(tmp_path)).read_metadata().state_dict_metadata.keys()
     assert assemble(saved).keys() < stored
     assert {"rng_state/shard_1.1_2.2", "optimizer.state.exp_avg.language_model.output_layer.weight"} < stored

@@ -1,0 +1,201 @@
+"""inspect, explain, verify and make-checkpoint: parse, call, print."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen3vl_convert.cli.console import Console, size, table
+from qwen3vl_convert.cli.options import (
+    Ep,
+    Etp,
+    Headless,
+    Iteration,
+    Json,
+    MaxMemory,
+    Overwrite,
+    Pp,
+    Quiet,
+    Tp,
+    Vpp,
+    Workers,
+    parse_bytes,
+    parse_iteration,
+)
+from qwen3vl_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from qwen3vl_convert.dims import Dims
+    from qwen3vl_convert.explanation import Explanation
+    from qwen3vl_convert.inspection import Inspection
+    from qwen3vl_convert.verify import Verdict
+
+_MOST_SHOWN = 20
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="A checkpoint of either format, or a Hub id.")],
+    iteration: Iteration = None,
+    json: Json = False,
+) -> None:
+    """What is this checkpoint: format, dialect, model, layout, dtype, sizes; and is it complete?"""
+    from qwen3vl_convert.inspection import inspect as run
+
+    found = run(path, parse_iteration(iteration))
+    console = Console(json)
+    console.notes(found.notes)
+    console.result(found.to_json(), lambda: _show_inspection(found))
+    if not found.complete:
+        raise typer.Exit(3)
+
+
+def _show_inspection(found: "Inspection") -> None:
+    layout = " ".join(f"{name.upper()}{value}" for name, value in found.layout.items()) or "-"
+    dtypes = ", ".join(f"{dtype} ({count:,} elements)" for dtype, count in found.dtypes.items())
+    rows = [
+        ("format", f"{found.format}; {found.dialect}"),
+        ("model", f"{found.model}, {found.published_size or 'no published size'}, {found.parameters:,} parameters"),
+        ("written with", layout),
+        ("dtype", dtypes),
+        ("tensors", f"{found.tensors} in {found.files} files, {size(found.nbytes)}"),
+        ("complete", "yes" if found.complete else f"NO: {found.problem}"),
+    ]
+    table(found.path, [row for row in rows if row != ("written with", "-")])
+    if found.dims:
+        table("sizes", [(name, str(value)) for name, value in found.dims.items()])
+
+
+def explain(
+    name: Annotated[str, typer.Argument(help="A tensor's name, Megatron's or Hugging Face's.")],
+    size_or_config: Annotated[
+        str, typer.Option("--model", help="A published size (2b, 4b, 8b, 32b, 30b-a3b, 235b-a22b, tiny ...) or a folder with a config.json.")
+    ] = "auto",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    vpp: Vpp = None,
+    ep: Ep = 1,
+    etp: Etp = 1,
+    rank: Annotated[int | None, typer.Option(help="Show the slices that this global rank holds.")] = None,
+    experts_layout: Annotated[str, typer.Option(help="HF expert layout: hub, v5, per-expert or scrambled.")] = "hub",
+    json: Json = False,
+) -> None:
+    """The equation behind a name, and the exact slice of it that a rank holds."""
+    from qwen3vl_convert.explanation import explain as run
+    from qwen3vl_convert.parallel import ParallelLayout
+
+    dims = _dims_of(size_or_config, name)
+    layout = ParallelLayout(tp, pp, vpp, ep, etp)
+    found = run(name, dims, layout=layout, rank=rank, experts_layout=experts_layout)
+    Console(json).result(found.to_json(), lambda: _show_explanation(found, str(layout)))
+
+
+def _dims_of(model: str, name: str) -> "Dims":
+    """Sizes of a published model, of a folder, or of the model that a name fits."""
+    from qwen3vl_convert.dims import CONFIG_FILE, Dims, read_config
+    from qwen3vl_convert.make import SIZES
+
+    if model == "auto":
+        moe = any(part in name for part in ("expert", "router", "pre_mlp_layernorm", "mlp.gate."))
+        return SIZES["30b-a3b" if moe else "8b"]
+    if model.lower() in SIZES:
+        return SIZES[model.lower()]
+    if not (Path(model) / CONFIG_FILE).is_file():
+        raise UsageError(f"--model {model}: expected one of {', '.join(SIZES)}, or a folder with a config.json.")
+    return Dims.from_config(read_config(Path(model)), model)
+
+
+def _show_explanation(found: "Explanation", layout: str) -> None:
+    print(f"{found.mapping}\n{found.equation}\n")
+    print("axes:      " + ", ".join(f"{axis} = {count}" for axis, count in found.axes.items()))
+    print("on disk:   " + "\n           ".join(found.stored_as))
+    if found.rank is None:
+        return
+    print(f"\nrank {found.rank} of {layout} holds:" + ("" if found.slices else " nothing of it"))
+    for part in found.slices:
+        box = " ".join(f"{a}:{b}" for a, b in part.megatron_box)
+        hf = ", ".join(f"{a}:{b}" for a, b in part.hf_box) if part.hf_box else str(part.hf_axes)
+        axes = ", ".join(f"{axis} {a}:{b}" for axis, (a, b) in part.hf_axes.items())
+        print(f"  [{box}] = {part.hf}[{hf}]\n      {axes}")
+
+
+def verify(
+    huggingface: Annotated[str, typer.Argument(metavar="HF", help="Hugging Face folder or Hub id.")],
+    megatron: Annotated[Path, typer.Argument(metavar="MEGATRON", help="Megatron checkpoint of any layout.")],
+    iteration: Iteration = None,
+    headless: Headless = False,
+    max_memory: MaxMemory = "2GiB",
+    workers: Workers = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Are these the same weights? Every element on disk compared, bit for bit. Exit code 0: yes, 1: no."""
+    from qwen3vl_convert.fill import FillOptions
+    from qwen3vl_convert.verify import verify as run
+
+    given = {} if workers is None else {"workers": workers}
+    options = FillOptions(**given, max_memory=parse_bytes(max_memory, "--max-memory"))
+    console = Console(json, quiet)
+    with console.progress() as report:
+        verdict = run(
+            huggingface,
+            megatron,
+            iteration=parse_iteration(iteration),
+            headless=headless,
+            options=options,
+            report=report,
+        )
+    console.notes(verdict.notes)
+    console.result(verdict.to_json(), lambda: _show_verdict(verdict))
+    if not verdict.equal:
+        raise typer.Exit(1)
+
+
+def _show_verdict(verdict: "Verdict") -> None:
+    if verdict.equal:
+        print(f"EQUAL: {verdict.tensors} tensors, {verdict.elements:,} elements, bit for bit.")
+        return
+    print(f"DIFFERENT: {len(verdict.differences)} of {verdict.tensors} tensors, {len(verdict.settings)} settings.")
+    for name, (theirs, ours) in verdict.settings.items():
+        print(f"  {name}: {theirs} in the HF folder, {ours} in the Megatron checkpoint")
+    for difference in verdict.differences[:_MOST_SHOWN]:
+        print(f"  {difference}")
+    if len(verdict.differences) > _MOST_SHOWN:
+        print(f"  and {len(verdict.differences) - _MOST_SHOWN} more (all of them with --json)")
+
+
+def make_checkpoint(
+    target: Annotated[Path, typer.Argument(help="Folder to make.")],
+    size_name: Annotated[
+        str, typer.Option("--size", help="tiny, tiny-moe, 2b, 4b, 8b, 32b, 30b-a3b or 235b-a22b.")
+    ] = "tiny",
+    layers: Annotated[int | None, typer.Option(help="Cut the text model to this many layers.")] = None,
+    seed: Annotated[int, typer.Option(help="Other weights for another seed.")] = 0,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    experts_layout: Annotated[str, typer.Option(help="hub, v5, per-expert or scrambled.")] = "hub",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """A Hugging Face folder with random weights of real shapes, for trials. The same seed gives the same bits."""
+    from dataclasses import asdict
+
+    from qwen3vl_convert.convert import DTYPE_OPTIONS
+    from qwen3vl_convert.make import make_checkpoint as run
+
+    chosen = DTYPE_OPTIONS.get(dtype)
+    if chosen is None:
+        raise UsageError(f"--dtype {dtype}: expected bf16, fp16 or fp32.")
+    dims = run(
+        target,
+        size_name,
+        layers=layers,
+        seed=seed,
+        dtype=chosen,
+        experts_layout=experts_layout,
+        max_shard_bytes=parse_bytes(max_shard_size, "--max-shard-size"),
+        overwrite=overwrite,
+    )
+    total = sum(path.stat().st_size for path in target.iterdir())
+    summary = f"{dims.model_type}, {dims.layers} layers, random weights, {size(total)}: {target}"
+    Console(json, quiet).result({"target": str(target), "nbytes": total, "dims": asdict(dims)}, lambda: print(summary))
