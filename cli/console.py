@@ -93,7 +93,13 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
         TransferSpeedColumn,
     )
 
-    columns = (TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=Rich(stderr=True)) as progress:
 

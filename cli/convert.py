@@ -39,11 +39,16 @@ if TYPE_CHECKING:
     from qwen3vl_convert.convert import Result, RunOptions
 
 Source = Annotated[str, typer.Argument(help="Hugging Face folder or Hub id (org/name or org/name@revision).")]
-MegatronSource = Annotated[Path, typer.Argument(help="Megatron checkpoint: the run folder, or one iter_* or release folder.")]
+MegatronSource = Annotated[
+    Path, typer.Argument(help="Megatron checkpoint: the run folder, or one iter_* or release folder.")
+]
 Target = Annotated[Path, typer.Argument(help="Folder to make; it appears when it is complete.")]
 Config = Annotated[
     str | None,
-    typer.Option("--config", help="Folder or Hub id for config.json, tokenizer and processors; what the checkpoint has by default."),
+    typer.Option(
+        "--config",
+        help="Folder or Hub id for config.json, tokenizer and processors; what the checkpoint has by default.",
+    ),
 ]
 
 
@@ -61,7 +66,9 @@ def hf_to_megatron(
     dtype: Dtype = "keep",
     padded_vocab_size: PaddedVocab = None,
     make_vocab_size_divisible_by: VocabDivisor = None,
-    experts_layout: Annotated[str, typer.Option(help="Expert layout of SOURCE: auto, hub, v5, per-expert or scrambled.")] = "auto",
+    experts_layout: Annotated[
+        str, typer.Option(help="Expert layout of SOURCE: auto, hub, v5, per-expert or scrambled.")
+    ] = "auto",
     iteration: Annotated[str, typer.Option(help="Iteration to write: a number, or `release` for Megatron-LM.")] = "0",
     for_megatron_core: ForCore = "any",
     headless: Headless = False,
@@ -103,7 +110,9 @@ def megatron_to_hf(
     source: MegatronSource,
     target: Target,
     config: Config = None,
-    experts_layout: Annotated[str, typer.Option(help="Expert layout to write: hub, v5, per-expert, or match (the source's).")] = "hub",
+    experts_layout: Annotated[
+        str, typer.Option(help="Expert layout to write: hub, v5, per-expert, or match (the source's).")
+    ] = "hub",
     max_shard_size: MaxShard = None,
     dtype: Dtype = "keep",
     iteration: Iteration = None,
@@ -199,12 +208,16 @@ def _run_options(
     from qwen3vl_convert.fill import FillOptions
 
     given = {} if workers is None else {"workers": workers}
-    return RunOptions(FillOptions(**given, max_memory=parse_bytes(max_memory, "--max-memory")), overwrite, resume, fsync, dry_run)
+    return RunOptions(
+        FillOptions(**given, max_memory=parse_bytes(max_memory, "--max-memory")), overwrite, resume, fsync, dry_run
+    )
 
 
 def _print(console: Console, result: "Result", layout: str) -> None:
     console.notes(result.notes)
-    console.result(result.to_json(), lambda: _plan_tables(result, layout) if result.dry_run else _summary(result, layout))
+    console.result(
+        result.to_json(), lambda: _plan_tables(result, layout) if result.dry_run else _summary(result, layout)
+    )
 
 
 def _summary(result: "Result", layout: str) -> None:

@@ -68,7 +68,11 @@ def _show_inspection(found: "Inspection") -> None:
 def explain(
     name: Annotated[str, typer.Argument(help="A tensor's name, Megatron's or Hugging Face's.")],
     size_or_config: Annotated[
-        str, typer.Option("--model", help="A published size (2b, 4b, 8b, 32b, 30b-a3b, 235b-a22b, tiny ...) or a folder with a config.json.")
+        str,
+        typer.Option(
+            "--model",
+            help="A published size (2b, 4b, 8b, 32b, 30b-a3b, 235b-a22b, tiny ...) or a folder with a config.json.",
+        ),
     ] = "auto",
     tp: Tp = 1,
     pp: Pp = 1,

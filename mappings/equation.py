@@ -131,10 +131,14 @@ class Equation:
         missing = self.megatron.axes - part.axes - {PARTS}
         surplus = frozenset() if parts else part.axes - self.megatron.axes
         if missing:
-            raise self._wrong(f"{part.name} lacks the axis {', '.join(sorted(missing))}, so it would have to be repeated")
+            raise self._wrong(
+                f"{part.name} lacks the axis {', '.join(sorted(missing))}, so it would have to be repeated"
+            )
         if surplus:
-            raise self._wrong(f"{part.name} has the axis {', '.join(sorted(surplus))}, which Megatron's side has no place for")
-        if parts and any(axis in part.name_axes for axis in self.own(part)):
+            raise self._wrong(
+                f"{part.name} has the axis {', '.join(sorted(surplus))}, which Megatron's side has no place for"
+            )
+        if not self.megatron.axes.issuperset(part.name_axes):
             raise self._wrong(f"{part.name}: an axis that `*` stands for cannot live in the name")
 
     def _wrong(self, reason: str) -> UsageError:
@@ -206,7 +210,9 @@ class Equation:
                 sizes.update(part.layout.solve(shapes[part.name], sizes, part.name))
         unknown = {a for part in self.hf for a in part.layout.axes} - sizes.keys()
         if unknown:
-            raise UsageError(f"{self}\n  needs the size of {', '.join(sorted(unknown))}: pass sizes={{...}} or the model's dims.")
+            raise UsageError(
+                f"{self}\n  needs the size of {', '.join(sorted(unknown))}: pass sizes={{...}} or the model's dims."
+            )
         return sizes
 
 

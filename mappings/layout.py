@@ -168,10 +168,14 @@ class Layout:
         axes = self.axes
         bad = [a for a in axes if not _AXIS.fullmatch(a)]
         if rest or bad or not axes:
-            raise UsageError(f"layout {self.text!r}: expected axes like `(kv g d) h`, found {rest or bad or 'nothing'}.")
+            raise UsageError(
+                f"layout {self.text!r}: expected axes like `(kv g d) h`, found {rest or bad or 'nothing'}."
+            )
         twice = sorted({a for a in axes if axes.count(a) > 1})
         if twice:
-            raise UsageError(f"layout {self.text!r} repeats the axis {', '.join(twice)}: each axis lies in memory once.")
+            raise UsageError(
+                f"layout {self.text!r} repeats the axis {', '.join(twice)}: each axis lies in memory once."
+            )
         if "..." in axes and axes != ("...",):
             raise UsageError(f"layout {self.text!r}: `...` stands alone, for any shape.")
 

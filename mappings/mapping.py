@@ -79,7 +79,9 @@ class Mapping(ABC):
         equation = _without_names(self.equation.ranked(megatron_weights.dim()))
         known = equation.known(FIXED | dict(sizes or {}))
         shape = tuple(megatron_weights.shape)
-        known |= {a: s for a, s in equation.megatron.layout.solve(shape, known, equation.megatron.name).items() if a != "*"}
+        known |= {
+            a: s for a, s in equation.megatron.layout.solve(shape, known, equation.megatron.name).items() if a != "*"
+        }
         self._need(equation, known)
         check_shape(equation.megatron, equation.megatron.name, shape, equation.full(known))
         out = [megatron_weights.new_empty(part.layout.shape(known)) for part in equation.hf]
@@ -193,8 +195,8 @@ class ConcatenatedQKVMapping(Mapping):
 
     @cached_property
     def equation(self) -> Equation:
-        ours = _term(self.megatron_param, _bare(self.megatron_param, "(n t c) v"))
-        return Equation(ours, (_term(self.hf_param, _bare(self.hf_param, "(t n c) v")),))
+        ours = _term(self.megatron_param, _bare(self.megatron_param, "(n t vd) v"))
+        return Equation(ours, (_term(self.hf_param, _bare(self.hf_param, "(t n vd) v")),))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Qwen3-VL, dense and Mixture-of-Experts: the tables. Data only; one line per kind of tensor.
 
-Axes: l layers · kv key-value heads · g query heads per kv head · d head · h hidden · f ffn · vocab · e experts · i expert ffn
-· s gate, up · b vision blocks · n vision heads · t q, k, v · c vision head · v vision hidden · u vision ffn · m deepstack mergers
+Axes: l layers · kv key-value heads · g query heads per kv head · d head · h hidden · f ffn · vocab · e experts · i expert ffn · half of h
+· s gate, up · b vision blocks · n vision heads · t q, k, v · vd vision head · v vision hidden · u vision ffn · m deepstack mergers
 · w merged patch (v of spatial_merge^2 patches) · j merger's inner · o vision out · pos positions · rgb, time, y, x a patch
 """
 
@@ -74,9 +74,7 @@ _BLOCK, _THEIR_BLOCK = "vision_model.decoder.layers.{b}.", "model.visual.blocks.
 def _both(weight: tuple[str, str], bias: tuple[str, str] | None = None, *, at: tuple[str, str]) -> tuple[Mapping, ...]:
     """A module's weight and bias: (Megatron layout, HF layout) of each, `at` (Megatron name, HF name)."""
     kinds = [("weight", weight)] + ([("bias", bias)] if bias else [])
-    return tuple(
-        AutoMapping(f"{at[0]}{kind} : {ours}", f"{at[1]}{kind} : {theirs}") for kind, (ours, theirs) in kinds
-    )
+    return tuple(AutoMapping(f"{at[0]}{kind} : {ours}", f"{at[1]}{kind} : {theirs}") for kind, (ours, theirs) in kinds)
 
 
 def _same(weight: str, bias: str, ours: str, theirs: str) -> tuple[Mapping, ...]:
@@ -87,7 +85,7 @@ def _same(weight: str, bias: str, ours: str, theirs: str) -> tuple[Mapping, ...]
 VISION: tuple[Mapping, ...] = (
     *_same("v rgb time y x", "v", "vision_model.patch_embed.proj.", "model.visual.patch_embed.proj."),
     AutoMapping("vision_model.pos_embed.weight : pos v", "model.visual.pos_embed.weight : pos v"),
-    *_same("v (n c)", "v", _BLOCK + "self_attention.linear_proj.", _THEIR_BLOCK + "attn.proj."),
+    *_same("v (n vd)", "v", _BLOCK + "self_attention.linear_proj.", _THEIR_BLOCK + "attn.proj."),
     *_same("v", "v", _BLOCK + "self_attention.linear_qkv.layer_norm_", _THEIR_BLOCK + "norm1."),
     ConcatenatedQKVMapping(_BLOCK + "self_attention.linear_qkv.weight", _THEIR_BLOCK + "attn.qkv.weight"),
     ConcatenatedQKVMapping(_BLOCK + "self_attention.linear_qkv.bias", _THEIR_BLOCK + "attn.qkv.bias"),

@@ -1,7 +1,7 @@
 """The main path: open, plan, prove; then lay out, fill, check, publish.
 
-    hf_to_megatron(source, target, layout=ParallelLayout(tp=2, pp=2))
-    megatron_to_hf(source, target, config="Qwen/Qwen3-VL-8B-Instruct")
+hf_to_megatron(source, target, layout=ParallelLayout(tp=2, pp=2))
+megatron_to_hf(source, target, config="Qwen/Qwen3-VL-8B-Instruct")
 """
 
 import hashlib
@@ -200,7 +200,11 @@ def plan_megatron_to_hf(
     headless: bool = False,
 ) -> Conversion:
     """Plan `megatron_to_hf`: reads headers only."""
-    dims = None if reference is None else Dims.from_config(read_config(reference.folder), str(reference.folder / CONFIG_FILE))
+    dims = (
+        None
+        if reference is None
+        else Dims.from_config(read_config(reference.folder), str(reference.folder / CONFIG_FILE))
+    )
     probe = open_megatron(source, iteration, dims, "hub", headless)
     manifest = _manifest_of(probe)
     layout = _written_experts(experts_layout, probe, manifest, reference)
@@ -208,16 +212,25 @@ def plan_megatron_to_hf(
     model = opened.model
     linked = links([one.equation for one in opened.stored], model.sizes, opened.tensors, to="hf")
     dtypes = _target_dtypes(linked, opened.tensors, dtype)
-    shapes = {n: t.layout.shape(model.sizes) for e in opened.stored for t in e.equation.hf for n in names(t, model.sizes)}
+    shapes = {
+        n: t.layout.shape(model.sizes) for e in opened.stored for t in e.equation.hf for n in names(t, model.sizes)
+    }
     entries = [(name, dtypes[name], shapes[name]) for name in hub_order(shapes, model.dims)]
     text, auxiliary, notes = _config_and_files(opened, reference, dtypes[EMBEDDING[1]], layout)
     split = None if max_shard_bytes else _split_of(manifest, reference)
     target = huggingface_target(entries, text, auxiliary, max_shard_bytes or DEFAULT_SHARD_BYTES, split)
     plan = make_plan(opened.tensors, target, linked, _padding(model, opened.tensors))
-    chosen = {"dtype": dtype, "experts_layout": layout, "max_shard_bytes": max_shard_bytes, "iteration": opened.checkpoint.iteration}
+    chosen = {
+        "dtype": dtype,
+        "experts_layout": layout,
+        "max_shard_bytes": max_shard_bytes,
+        "iteration": opened.checkpoint.iteration,
+    }
     return Conversion(
         direction="megatron-to-hf",
-        source=f"{source.name}/{opened.checkpoint.iteration}" if source.name != opened.checkpoint.iteration else source.name,
+        source=f"{source.name}/{opened.checkpoint.iteration}"
+        if source.name != opened.checkpoint.iteration
+        else source.name,
         model=model,
         plan=plan,
         options=chosen,
@@ -245,7 +258,9 @@ def carry_out(
         if not staging.resumed:
             staging.lay_out(plan.target)
         clock.lap("lay out")
-        crcs = fill(plan, staging.content, run.fill, _meter(tell, "fill", plan.data_bytes), staging.done, staging.finished)
+        crcs = fill(
+            plan, staging.content, run.fill, _meter(tell, "fill", plan.data_bytes), staging.done, staging.finished
+        )
         clock.lap("fill")
         check_written(plan, staging.content, crcs, run.fill.workers, _meter(tell, "check", plan.data_bytes))
         clock.lap("check")
@@ -369,9 +384,7 @@ def _manifest_of(opened: MegatronModel) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def _written_experts(
-    option: str, opened: MegatronModel, manifest: dict[str, Any], reference: Resolved | None
-) -> str:
+def _written_experts(option: str, opened: MegatronModel, manifest: dict[str, Any], reference: Resolved | None) -> str:
     """The expert layout to write."""
     if option not in ("hub", "v5", "per-expert", "match"):
         raise UsageError(f"--experts-layout {option}: expected hub, v5, per-expert or match.")
@@ -442,7 +455,9 @@ def _manifest(conversion: Conversion, crcs: dict[Key, int]) -> str:
     """What the output is made of, and a checksum of every tensor (one per chunk); the same for the same input."""
     tensors: dict[str, Any] = {}
     for job in conversion.plan.jobs:
-        entry = tensors.setdefault(job.name, {"dtype": job.dtype, "shape": conversion.plan.target.tensors[job.name].shape, "crc32": []})
+        entry = tensors.setdefault(
+            job.name, {"dtype": job.dtype, "shape": conversion.plan.target.tensors[job.name].shape, "crc32": []}
+        )
         entry["crc32"].append(f"{crcs[key_of(job.chunk)]:08x}")
     manifest = {
         "made_by": f"qwen3vl-convert {_version()}",

@@ -141,12 +141,12 @@ class Dims:
             "vocab": self.vocab,
             "s": 2,
         }
-        experts = {"e": self.experts, "i": self.expert_ffn} if self.moe else {}
+        experts = {"e": self.experts, "i": self.expert_ffn, "half": self.hidden // 2} if self.moe else {}
         vision = {
             "b": self.vision_depth,
             "n": self.vision_heads,
             "t": 3,
-            "c": self.vision_hidden // self.vision_heads,
+            "vd": self.vision_hidden // self.vision_heads,
             "v": self.vision_hidden,
             "u": self.vision_ffn,
             "m": len(self.deepstack),

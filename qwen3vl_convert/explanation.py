@@ -55,12 +55,17 @@ def explain(
     """
     registry = mapping_registry(dims.model_type, attention_bias=dims.attention_bias).with_experts(experts_layout)
     claim = registry.lookup(name)
-    layout, sizes = layout or ParallelLayout(), {**dims.sizes(), "half": dims.hidden // 2}
+    layout, sizes = layout or ParallelLayout(), dims.sizes()
     layout.validate(dims, dims.vocab)
     if rank is not None and not 0 <= rank < layout.world:
         raise UsageError(f"--rank {rank}: expected 0 to {layout.world - 1}, the ranks of {layout}.")
+    unknown = {a for t in (claim.mapping.equation.megatron, *claim.mapping.equation.hf) for a in t.axes} - {"*", *sizes}
+    if rank is not None and unknown:
+        raise UsageError(f"{name}: the model's sizes do not say {', '.join(sorted(unknown))}. Leave --rank out.")
     disk = stored(claim.mapping.equation)
-    axes = {a: sizes[a] for t in (claim.mapping.equation.megatron, *claim.mapping.equation.hf) for a in t.axes if a in sizes}
+    axes = {
+        a: sizes[a] for t in (claim.mapping.equation.megatron, *claim.mapping.equation.hf) for a in t.axes if a in sizes
+    }
     return Explanation(
         name=name,
         mapping=type(claim.mapping).__name__,
@@ -73,16 +78,26 @@ def explain(
 
 
 def _slices(
-    mapping: Mapping, disk: tuple[Stored, ...], place: dict[str, int], sizes: dict[str, int], layout: ParallelLayout, rank: int
+    mapping: Mapping,
+    disk: tuple[Stored, ...],
+    place: dict[str, int],
+    sizes: dict[str, int],
+    layout: ParallelLayout,
+    rank: int,
 ) -> Iterator[Slice]:
     stage, local = divmod(rank, layout.stage_ranks)
     for one in disk:
         chosen = {axis: index for axis, index in place.items() if axis in one.equation.place_axes}
-        for pair in (p for at in one.equation.places(sizes) if chosen.items() <= at.items() for p in one.equation.pairs(sizes, at)):
+        for pair in (
+            p
+            for at in one.equation.places(sizes)
+            if chosen.items() <= at.items()
+            for p in one.equation.pairs(sizes, at)
+        ):
             for shard in shards(one, sizes, 1, layout):
                 held = shard.stage == stage and local in _all_holders(one, shard.offsets, shard.holders, sizes, layout)
                 named = all(place.get(axis, shard.offsets[i]) == shard.offsets[i] for i, axis in enumerate(one.stack))
-                if not (held and named):
+                if not (held and named and shard.key == pair.megatron_name):
                     continue
                 for ranges in pair.megatron.clip(shard.offsets, shard.sizes):
                     ours, theirs = pair.megatron.narrowed(ranges), pair.hf.narrowed(ranges)

@@ -94,7 +94,7 @@ def open_huggingface(folder: Path, experts_layout: str = "auto", headless: bool 
     layout = detect_experts(tensors, dims, experts_layout)
     head, surplus = _head(dims, tensors, OUTPUT[1], headless, str(folder))
     registry = _registry(dims, head, layout, tensors, "hf")
-    equations, sizes = _complete(registry.equations, {**dims.sizes(), **_half(dims)}, tensors, "hf")
+    equations, sizes = _complete(registry.equations, dims.sizes(), tensors, "hf")
     expected = {name for equation in equations for term in equation.hf for name in _names(term, sizes)}
     check_names(expected, tensors, str(folder))
     return HuggingFaceModel(checkpoint, Model(dims, sizes, equations, layout, head), tensors, surplus)
@@ -117,7 +117,7 @@ def open_megatron(
     tensors = dict(checkpoint.tensors)
     head, surplus = _head(dims, tensors, OUTPUT[0], headless, str(checkpoint.folder))
     registry = _registry(dims, head, experts_layout if dims.moe else "none", tensors, "megatron")
-    sizes = {**dims.sizes(), **_half(dims), "padded_vocab": _rows(tensors, dims, str(checkpoint.folder))}
+    sizes = {**dims.sizes(), "padded_vocab": _rows(tensors, dims, str(checkpoint.folder))}
     stored = on_disk(registry.equations, tensors)
     completed, sizes = _complete([one.equation for one in stored], sizes, tensors, "megatron")
     stored = tuple(replace(one, equation=equation) for one, equation in zip(stored, completed, strict=True))
@@ -125,10 +125,6 @@ def open_megatron(
     check_names(expected, tensors, str(checkpoint.folder), "Is --config that of another model?")
     layout = experts_layout if dims.moe else "none"
     return MegatronModel(checkpoint, Model(dims, sizes, registry.equations, layout, head), stored, tensors, surplus)
-
-
-def _half(dims: Dims) -> dict[str, int]:
-    return {"half": dims.hidden // 2}
 
 
 def _head(
@@ -158,12 +154,15 @@ def _check_surplus(head: StoredTensor | None, embedding: StoredTensor, where: st
     return [f"{head.name} equals {embedding.name} and is left out: the model is tied."]
 
 
-def _registry(
-    dims: Dims, head: bool, layout: str, tensors: dict[str, StoredTensor], side: str
-) -> MappingRegistry:
-    """The mappings that hold for a checkpoint: the model's table, and of the registered ones those it has tensors for."""
+def _registry(dims: Dims, head: bool, layout: str, tensors: dict[str, StoredTensor], side: str) -> MappingRegistry:
+    """The mappings that hold for a checkpoint: the model's table, and of the registered ones those it has tensors for.
+
+    A mapping of something that the model has none of (a vision tower without deepstack mergers) does not hold.
+    """
     whole = mapping_registry(dims.model_type, attention_bias=dims.attention_bias, head=head)
     kept = [m for m in whole if m in TABLES[dims.model_type] or _present(m, tensors, side)]
+    sizes = dims.sizes()
+    kept = [m for m in kept if all(sizes.get(axis, 1) for axis in m.equation.megatron.axes)]
     return MappingRegistry(tuple(kept)).with_experts(layout if layout != "none" else "hub")
 
 

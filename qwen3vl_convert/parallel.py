@@ -88,7 +88,10 @@ class ParallelLayout:
 
     def _divisions(self, dims: Dims, padded_vocab: int) -> list[tuple[str, int, str, int]]:
         dense = [] if dims.moe else [("intermediate_size", dims.ffn, "tp", self.tp)]
-        experts = [("num_experts", dims.experts, "ep", self.ep), ("moe_intermediate_size", dims.expert_ffn, "etp", self.etp)]
+        experts = [
+            ("num_experts", dims.experts, "ep", self.ep),
+            ("moe_intermediate_size", dims.expert_ffn, "etp", self.etp),
+        ]
         return [
             ("num_attention_heads", dims.heads, "tp", self.tp),
             ("the vision tower's num_heads", dims.vision_heads, "tp", self.tp),

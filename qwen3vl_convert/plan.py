@@ -96,9 +96,7 @@ class ChunkIndex:
     def __init__(self, tensor: StoredTensor) -> None:
         self.tensor = tensor
         rank = len(tensor.shape)
-        self.leading = next(
-            (d for d in range(rank) if any(chunk.sizes[d] != 1 for chunk in tensor.chunks)), rank
-        )
+        self.leading = next((d for d in range(rank) if any(chunk.sizes[d] != 1 for chunk in tensor.chunks)), rank)
         self.buckets: dict[tuple[int, ...], list[Chunk]] = defaultdict(list)
         for chunk in tensor.chunks:
             self.buckets[chunk.offsets[: self.leading]].append(chunk)
@@ -167,7 +165,9 @@ def pieces(chunk: Chunk, itemsize: int, limit: int) -> Iterator[Box]:
             yield offsets, (*(1 for _ in outer), count, *chunk.sizes[cut:])
 
 
-def links(equations: Iterable[Equation], sizes: Sizes, source: dict[str, StoredTensor], to: str) -> dict[str, list[Link]]:
+def links(
+    equations: Iterable[Equation], sizes: Sizes, source: dict[str, StoredTensor], to: str
+) -> dict[str, list[Link]]:
     """The links into every target tensor; `to` is "megatron" or "hf".
 
     Raises `MisshapenTensor` when a source tensor is not shaped as its equation says, `UsageError` when two equations
@@ -179,16 +179,21 @@ def links(equations: Iterable[Equation], sizes: Sizes, source: dict[str, StoredT
         for pair in (pair for place in equation.places(sizes) for pair in equation.pairs(sizes, place)):
             ours, theirs = (pair.megatron_name, pair.megatron), (pair.hf_name, pair.hf)
             (target_name, target), (source_name, view) = (ours, theirs) if to == "megatron" else (theirs, ours)
-            _check_source(source, source_name, view, equation)
+            _check_source(source, source_name, view, equation, sizes)
             if owner.setdefault(target_name, equation) is not equation:
                 raise ConvertError(f"{target_name} is written by two mappings:\n{owner[target_name]}\nand\n{equation}")
             found[target_name].append(Link(target, source_name, view))
     return dict(found)
 
 
-def _check_source(source: dict[str, StoredTensor], name: str, view: View, equation: Equation) -> None:
+def _check_source(source: dict[str, StoredTensor], name: str, view: View, equation: Equation, sizes: Sizes) -> None:
     if name in source and source[name].shape != view.shape:
-        raise MisshapenTensor(f"{name}: expected {view.shape}, found {source[name].shape}. Its equation is\n{equation}")
+        axes = sorted({axis for term in (equation.megatron, *equation.hf) for axis in term.axes if axis in sizes})
+        known = ", ".join(f"{axis} = {sizes[axis]}" for axis in axes)
+        raise MisshapenTensor(
+            f"{name}: expected {view.shape}, found {source[name].shape}. "
+            f"Its equation is\n{equation}\nwith this model's {known}."
+        )
 
 
 def check_names(expected: Iterable[str], found: Iterable[str], where: str, hint: str = "") -> None:
@@ -253,7 +258,10 @@ def prove(plan: Plan) -> Coverage:
     that counting suffices: an element that is written twice would have to be missing elsewhere.
     """
     counted = coverage(plan)
-    for verb, counts, tensors in (("written", counted.written, plan.target.tensors), ("read", counted.read, plan.source)):
+    for verb, counts, tensors in (
+        ("written", counted.written, plan.target.tensors),
+        ("read", counted.read, plan.source),
+    ):
         for name, tensor in tensors.items():
             expected = tensor.numel - plan.padding.get(name, 0)
             if counts[name] != expected:

@@ -1,7 +1,7 @@
 """Publish whole or not at all: a staging folder beside the target, a journal to resume from, and one rename at the end.
 
-    .TARGET.partial/           the output as it grows, with `journal` naming the chunks that are done
-    .TARGET.replaced           with --overwrite, the old target for the moment between the two renames
+.TARGET.partial/           the output as it grows, with `journal` naming the chunks that are done
+.TARGET.replaced           with --overwrite, the old target for the moment between the two renames
 """
 
 import errno
@@ -51,7 +51,9 @@ class Staging:
             fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self.held)
-            raise OutputError(f"{self.target}: another run is writing it ({self.folder} is locked). Wait for it.") from None
+            raise OutputError(
+                f"{self.target}: another run is writing it ({self.folder} is locked). Wait for it."
+            ) from None
 
     def _read_journal(self) -> dict[Key, int] | None:
         """The chunks that a journal of the same conversion names, or None to begin anew."""
@@ -136,7 +138,9 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
     """Raise `OutputError` when the target exists and may not be replaced."""
     occupied = target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir())))
     if occupied and not overwrite:
-        raise OutputError(f"{target} exists. Choose another target, or pass --overwrite to replace it when the new one is done.")
+        raise OutputError(
+            f"{target} exists. Choose another target, or pass --overwrite to replace it when the new one is done."
+        )
     if occupied and not target.is_dir():
         raise OutputError(f"{target} is not a folder; it is not replaced. Choose another target.")
 
@@ -160,7 +164,9 @@ def check_written(plan: Plan, folder: Path, crcs: dict[Key, int], workers: int, 
     def check(job: Job) -> None:
         found = _read_crc(folder / job.chunk.file, job.chunk.start, job.nbytes)
         if found != crcs[key_of(job.chunk)]:
-            raise OutputError(f"{job.name}: what was read back is not what was written. Is the disk sound? Convert again.")
+            raise OutputError(
+                f"{job.name}: what was read back is not what was written. Is the disk sound? Convert again."
+            )
         progress(job.nbytes)
 
     with ThreadPoolExecutor(workers) as pool:

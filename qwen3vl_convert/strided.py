@@ -32,7 +32,9 @@ def raw(buffer: Any, dtype: str) -> Array:
 def view(array: Array, first: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Array:
     """A strided view of a flat array; `first` and `strides` in elements."""
     size = array.itemsize
-    return np.ndarray(sizes, array.dtype, array, first * size, tuple(stride * size for stride in strides))  # checks bounds
+    return np.ndarray(
+        sizes, array.dtype, array, first * size, tuple(stride * size for stride in strides)
+    )  # checks bounds
 
 
 def carry(copy: Copy, source: Array, target: Array, target_dtype: str, name: str) -> None:

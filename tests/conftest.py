@@ -6,7 +6,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
-GOLDEN = [REPOSITORY / "tests" / "golden", SHARED / "golden"]
+GOLDEN = [SHARED / "golden", REPOSITORY / "tests" / "golden"]
+"""All of them beside the repository, or the few that it carries."""
 
 
 def first_existing(candidates: list[Path], what: str) -> Path:

@@ -74,7 +74,7 @@ def test_spellings(moe: bool) -> None:
 def test_names_of_axes_and_their_sizes() -> None:
     dims = Dims.from_config(tiny_config(moe=True))
     text = {"l": 2, "kv": 2, "g": 2, "d": 8, "h": 16, "f": 20, "vocab": 32, "e": 4, "i": 6, "s": 2}
-    vision = {"b": 2, "n": 2, "t": 3, "c": 4, "v": 8, "u": 12, "m": 2, "w": 32, "j": 32, "o": 16}
+    vision = {"b": 2, "n": 2, "t": 3, "vd": 4, "v": 8, "u": 12, "m": 2, "w": 32, "j": 32, "o": 16}
     assert dims.sizes() == text | vision | {"pos": 16, "rgb": 3, "time": 2, "y": 4, "x": 4}
     assert not {"e", "i"} & set(Dims.from_config(tiny_config()).sizes())
 

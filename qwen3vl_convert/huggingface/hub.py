@@ -47,7 +47,7 @@ def resolve(
 
 
 def _no_such_folder(source: str | Path, folder: Path) -> InputError:
-    if folder.exists():
+    if folder.exists() and not folder.is_dir():
         return InputError(f"{source}: expected a model folder, found a file. Name the folder that holds it.")
     known = "Check the path; a Hub id is org/name or org/name@revision."
     return InputError(f"{source}: no such folder (from {os.curdir!r}, the current one). {known}")

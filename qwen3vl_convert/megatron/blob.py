@@ -476,7 +476,7 @@ def _storage(place: object, dtype: object) -> tuple[str, str, int]:
     found = _DTYPE_OF_STORAGE.get(kind) if kind != _UNTYPED or type(dtype) is not Global else dtype.name
     if found is None or found not in DTYPES:
         raise UnsupportedFormat(f"data.pkl: a tensor of {kind} {dtype or ''}, expected one of {', '.join(DTYPES)}.")
-    if type(key) is not str or not key.isdecimal() or not _are_sizes((count,)):
+    if type(key) is not str or not _are_sizes((count,)):
         raise CorruptFile(f"data.pkl: a storage {key!r} of {count!r} elements. Fetch or write the file again.")
     return found, key, count * (1 if kind == _UNTYPED else DTYPES[found].itemsize)
 

@@ -130,7 +130,9 @@ def _checked_format(folder: Path) -> Path:
     if _is_legacy(folder):
         raise _legacy(folder)
     if not (folder / ".metadata").is_file():
-        raise InputError(f"{folder}: expected a .metadata file, found none: no torch_dist checkpoint, or an incomplete one.")
+        raise InputError(
+            f"{folder}: expected a .metadata file, found none: no torch_dist checkpoint, or an incomplete one."
+        )
     marker = folder / "metadata.json"
     if not marker.is_file():
         raise UnsupportedFormat(

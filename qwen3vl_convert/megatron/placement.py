@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from qwen3vl_convert.mappings import Layout
 from qwen3vl_convert.mappings.layout import Sizes
 from qwen3vl_convert.mappings.qwen3_vl import CUTS
+from qwen3vl_convert.mappings.registry import names
 from qwen3vl_convert.megatron.stored import STACKS, Stored
 from qwen3vl_convert.parallel import ParallelLayout
 
@@ -33,16 +34,17 @@ class Shard:
 
 
 def shards(one: Stored, sizes: Sizes, itemsize: int, layout: ParallelLayout) -> Iterator[Shard]:
-    """The chunks of a stored tensor, in the order of their offsets."""
+    """The chunks of a stored parameter, by offset; of every tensor of that kind, where axes stay in its name."""
     term, full = one.equation.megatron, one.equation.full(sizes)
     shape = term.layout.shape(full)
-    cut = cut_dimension(one)
+    cut, keys = cut_dimension(one), list(names(term, sizes))
     spans = [_spans(one, term.layout, dim, shape[dim], full, layout) for dim in range(len(shape))]
     for index in itertools.product(*(range(len(span)) for span in spans)):
         offsets, extents = zip(*(span[i] for span, i in zip(spans, index, strict=True)), strict=True)
         part = index[cut[0]] % _ways(cut, layout) if cut else 0
         stage, holders = _owners(one, offsets, part, sizes, layout)
-        yield Shard(term.name, offsets, extents, math.prod(extents) * itemsize, stage, holders)
+        for key in keys:
+            yield Shard(key, offsets, extents, math.prod(extents) * itemsize, stage, holders)
 
 
 def cut_dimension(one: Stored) -> tuple[int, str] | None:

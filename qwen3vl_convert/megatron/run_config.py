@@ -164,7 +164,9 @@ def _text(dims: Dims, dtype: str) -> dict[str, Any]:
 def config_of_run(run_config: dict[str, Any], where: str) -> dict[str, Any]:
     """A config.json from a `run_config.yaml`, Megatron-Bridge's or ours. Raises `ConfigError` when it is of another model."""
     model = run_config.get("model")
-    if not isinstance(model, dict) or not all(isinstance(model.get(k), dict) for k in ("vision_config", "hf_text_config")):
+    if not isinstance(model, dict) or not all(
+        isinstance(model.get(k), dict) for k in ("vision_config", "hf_text_config")
+    ):
         raise ConfigError(f"{where}: expected model.vision_config and model.hf_text_config. Pass --config instead.")
     text, vision = (_plain(model[key]) for key in ("hf_text_config", "vision_config"))
     moe = model.get("num_moe_experts") is not None
@@ -180,12 +182,23 @@ def config_of_run(run_config: dict[str, Any], where: str) -> dict[str, Any]:
     return config | {key: model[key] for key in tokens if key in model}
 
 
-_NOISE = ("_target_", "architectures", "id2label", "label2id", "problem_type", "return_dict", "output_hidden_states")
-_NOISE += ("chunk_size_feed_forward", "is_encoder_decoder", "transformers_version")
+_NOISE = {
+    "_target_",
+    "architectures",
+    "chunk_size_feed_forward",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "transformers_version",
+}
+"""What transformers' base class adds to every config."""
 
 
 def _plain(node: dict[str, Any]) -> dict[str, Any]:
-    """A config node without what the class adds to every config, dtypes as names."""
+    """A config node without noise, dtypes as names."""
     kept = {key: value for key, value in node.items() if key not in _NOISE}
     if isinstance(kept.get("dtype"), dict):
         kept["dtype"] = str(kept["dtype"].get("_target_", "")).removeprefix("torch.")

@@ -97,11 +97,7 @@ def on_disk(equations: Iterable[Equation], keys: Iterable[str]) -> tuple[Stored,
     known = list(keys)
     styles = {axis: style_of(known, axis) for axis in STACKS}
     local_spec = local_spec_of(known)
-    return tuple(
-        one
-        for equation in equations
-        for one in stored(equation, _style(equation, styles), local_spec)
-    )
+    return tuple(one for equation in equations for one in stored(equation, _style(equation, styles), local_spec))
 
 
 def _style(equation: Equation, styles: dict[str, str]) -> str:

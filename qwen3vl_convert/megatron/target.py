@@ -1,26 +1,27 @@
 """Lay out a torch_dist checkpoint to the byte, from names and shapes alone.
 
-    <target>/latest_checkpointed_iteration.txt, latest_train_state.pt
-    <target>/iter_0000000/__R_0.distcp          R: the rank that would have written it
-                         .metadata  metadata.json  common.pt  run_config.yaml  train_state.pt
-                         hf/                    config.json and auxiliary files of the source, for the way back
+<target>/latest_checkpointed_iteration.txt, latest_train_state.pt
+<target>/iter_0000000/__R_0.distcp          R: the rank that would have written it
+                     .metadata  metadata.json  common.pt  run_config.yaml  train_state.pt
+                     hf/                    config.json and auxiliary files of the source, for the way back
 """
 
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.mappings.layout import Sizes
+from qwen3vl_convert.mappings.registry import names
 from qwen3vl_convert.megatron.blob import object_blob, tensor_blob
 from qwen3vl_convert.megatron.metadata import ChunkEntry, ObjectEntry, TensorEntry, metadata_bytes
-from qwen3vl_convert.megatron.placement import Shard, shards, stage_of, writers
+from qwen3vl_convert.megatron.placement import Shard, shards, writers
 from qwen3vl_convert.megatron.run_config import common_state, run_config_yaml, train_state
-from qwen3vl_convert.megatron.stored import STACKS, Stored
+from qwen3vl_convert.megatron.stored import Stored
 from qwen3vl_convert.parallel import ParallelLayout
 from qwen3vl_convert.plan import Frame, Target
 from qwen3vl_convert.storage import DTYPES, Chunk, StoredTensor
@@ -28,8 +29,14 @@ from qwen3vl_convert.storage import DTYPES, Chunk, StoredTensor
 MEGATRON_CORE = ("any", "0.16", "0.19")
 COMMON_STATE = "common_state/shard_0_1"
 _ALIGN = 64
-_NO_EXTRA_STATE = (".router.weight", ".word_embeddings.weight", ".output_layer.weight", ".patch_embed.proj.weight")
-_NO_EXTRA_STATE += (".pos_embed.weight",)
+_NO_EXTRA_STATE = (
+    ".router.weight",
+    ".word_embeddings.weight",
+    ".output_layer.weight",
+    ".patch_embed.proj.weight",
+    ".pos_embed.weight",
+)
+"""Modules that are no Transformer Engine modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +87,18 @@ def megatron_target(
     """
     known = list(parameters)
     state = common_state(dims, sizes, options.layout, options.iteration)
-    items = [*_objects(known, sizes, options.layout), *_common_item(state, options), *_chunks(known, sizes, dtype_of, options)]
+    items = [
+        *_objects(known, sizes, options.layout),
+        *_common_item(state, options),
+        *_chunks(known, sizes, dtype_of, options),
+    ]
     files = _Files(options.folder)
     for item in items:
         files.place(item)
     small = {
-        f"{options.folder}/.metadata": files.metadata({one.equation.megatron.name: one for one in known}, sizes, dtype_of),
+        f"{options.folder}/.metadata": files.metadata(
+            {key: one for one in known for key in names(one.equation.megatron, sizes)}, sizes, dtype_of
+        ),
         **_small_files(dims, sizes, dtype_of, state, options),
     }
     for name, content in extra_files.items():
@@ -99,10 +112,10 @@ def _chunks(
     parameters: list[Stored], sizes: Sizes, dtype_of: Callable[[str], str], options: MegatronOptions
 ) -> Iterator[_Item]:
     everything = [
-        (shard, dtype)
+        (replace(shard, nbytes=shard.nbytes * DTYPES[dtype].itemsize), dtype)
         for one in parameters
-        for dtype in [dtype_of(one.equation.megatron.name)]
-        for shard in shards(one, sizes, DTYPES[dtype].itemsize, options.layout)
+        for shard in shards(one, sizes, 1, options.layout)
+        for dtype in [dtype_of(shard.key)]
     ]
     chosen = writers((shard for shard, _ in everything), options.layout)
     for shard, dtype in everything:
@@ -113,10 +126,10 @@ def _objects(parameters: list[Stored], sizes: Sizes, layout: ParallelLayout) -> 
     """`_extra_state` of every module that has one in Transformer Engine: strict loaders insist on them, None satisfies all."""
     empty = object_blob([None])
     for one in parameters:
-        key = one.equation.megatron.name
-        if not key.endswith(".weight") or ("." + key).endswith(_NO_EXTRA_STATE):
+        name = one.equation.megatron.name
+        if not name.endswith(".weight") or ("." + name).endswith(_NO_EXTRA_STATE):
             continue
-        for offsets, holder in _extra_states(one, sizes, layout):
+        for key, offsets, holder in _extra_states(one, sizes, layout):
             shape = [sizes[axis] for axis in one.stack]
             at = f"{_dotted(offsets or (0,))}_{_dotted(shape or [1])}"
             yield _Item(holder, f"{key.removesuffix('weight')}_extra_state/shard_{at}", None, content=empty)
@@ -126,14 +139,14 @@ def _dotted(numbers: Iterable[int]) -> str:
     return ".".join(str(number) for number in numbers)
 
 
-def _extra_states(one: Stored, sizes: Sizes, layout: ParallelLayout) -> Iterator[tuple[tuple[int, ...], int]]:
-    """(index along the stacked axes, global rank) of each object of a module."""
+def _extra_states(one: Stored, sizes: Sizes, layout: ParallelLayout) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """(key of the weight, index along the stacked axes, global rank) of each object of a module."""
     seen = set()
     for shard in shards(one, sizes, 1, layout):
         index = shard.offsets[: len(one.stack)]
-        if index not in seen:
-            seen.add(index)
-            yield index, shard.stage * layout.stage_ranks + shard.holders[0]
+        if (shard.key, index) not in seen:
+            seen.add((shard.key, index))
+            yield shard.key, index, shard.stage * layout.stage_ranks + shard.holders[0]
 
 
 def _common_item(state: dict[str, Any], options: MegatronOptions) -> Iterator[_Item]:
@@ -207,6 +220,3 @@ def _small_files(
 
 def _dtype(dtype_of: Callable[[str], str]) -> str:
     return dtype_of("language_model.embedding.word_embeddings.weight")
-
-
-__all__ = ["COMMON_STATE", "MEGATRON_CORE", "STACKS", "MegatronOptions", "megatron_target", "stage_of"]

@@ -103,7 +103,9 @@ def _plan(theirs: HuggingFaceModel, ours: MegatronModel) -> Plan:
     """The conversion Megatron to HF that would have made the folder."""
     linked = links([one.equation for one in ours.stored], ours.model.sizes, ours.tensors, to="hf")
     surplus = (ours.model.padded_vocab - ours.model.dims.vocab) * ours.model.dims.hidden
-    padding = {name: surplus for name in ours.tensors if name.endswith(("word_embeddings.weight", "output_layer.weight"))}
+    padding = {
+        name: surplus for name in ours.tensors if name.endswith(("word_embeddings.weight", "output_layer.weight"))
+    }
     for name, tensor in theirs.tensors.items():
         if any(link.target.shape != tensor.shape for link in linked.get(name, ())):
             raise ConvertError(f"{name}: expected {linked[name][0].target.shape}, found {tensor.shape}.")
@@ -115,7 +117,9 @@ def _settings(dims: Dims, ours: MegatronModel) -> dict[str, tuple[Any, Any]]:
     if ours.checkpoint.config is None:
         return {}
     stated = ours.checkpoint.dims()
-    pairs = {f.name: (getattr(dims, f.name), getattr(stated, f.name)) for f in fields(Dims) if f.name not in _NOT_FUNCTION}
+    pairs = {
+        f.name: (getattr(dims, f.name), getattr(stated, f.name)) for f in fields(Dims) if f.name not in _NOT_FUNCTION
+    }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

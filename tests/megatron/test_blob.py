@@ -396,6 +396,15 @@ def test_missing_and_double_members() -> None:
         read(file.getvalue())
 
 
+def test_a_storage_that_runs_into_the_directory() -> None:
+    """Sizes that agree with each other and with the file, but not with where the members end."""
+    data = bytearray(described(storage(count=33), 0, (33,), (1,), False, None))
+    entry = data.index(b"archive/data/0", data.index(b"PK\1\2")) - 46
+    data[entry + 20 : entry + 28] = 2 * (4 * 33).to_bytes(4, "little")
+    with pytest.raises(CorruptFile, match="'data/0' of 132 bytes at .* does not fit"):
+        read(bytes(data))
+
+
 @pytest.fixture(scope="module")
 def genuine() -> bytes:
     return saved(torch.arange(1000, dtype=torch.float32))

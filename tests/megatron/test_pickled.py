@@ -354,6 +354,11 @@ def test_malformed_pickles_are_corrupt(data: bytes) -> None:
         decode(data, "the file")
 
 
+def test_a_length_is_compared_with_what_is_there() -> None:
+    with pytest.raises(CorruptFile, match="5 bytes expected, 3 left"):
+        decode(b"\x80\x02X\5\0\0\0ab.", "here")
+
+
 def test_deep_values_do_not_exhaust_the_stack() -> None:
     """Nothing recurses: neither reading, nor throwing away what was read."""
     value = decode(b"\x80\x04" + b"]" * DEEP + b"a" * (DEEP - 1) + b".", "here")

@@ -22,6 +22,7 @@ import numpy
 import torch
 import torch.distributed
 from torch.distributed.checkpoint.api import CheckpointException
+
 from oracles.megatron_world import Job, Keys, Load, Save, Shard, Sizes, World, random_tensor
 
 State = dict[str, Any]

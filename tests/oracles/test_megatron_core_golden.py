@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles.megatron_world import DENSE, MOE, Keys, Load, Sizes, World, assemble, differences, run_world
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import ProcessRaisedException
+
+from oracles.megatron_world import DENSE, MOE, Keys, Load, Sizes, World, assemble, differences, run_world
 
 pytestmark = pytest.mark.megatron
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
 from oracles.megatron_world import (
     DENSE,
     MOE,
@@ -18,7 +20,6 @@ from oracles.megatron_world import (
     random_tensor,
     run_world,
 )
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 pytestmark = pytest.mark.megatron
 
