@@ -112,7 +112,7 @@ docs-check: setup  ## fail if a generated page is not current
 
 bench: setup  ## speed and memory, each with its ratio to cp
 	$(call say,Measuring; every figure is printed beside cp on the same bytes)
-	@.venv/bin/python benchmarks/run.py
+	@.venv/bin/python benchmarks/convert.py --write
 
 clean:  ## remove environments, caches and builds
 	$(call say,Removing environments, caches and builds)

@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec
@@ -30,8 +31,9 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
         except (ConvertError, OSError, KeyboardInterrupt) as error:
             if show_traceback:
-                raise
-            _say_error(error)
+                traceback.print_exception(error)
+            else:
+                _say_error(error)
             raise typer.Exit(exit_code(error)) from None
 
     return run

@@ -143,7 +143,7 @@ def megatron_to_hf(
             run=_run_options(max_memory, workers, resume, overwrite, fsync, dry_run),
             report=report,
         )
-    _print(console, result, result.experts_layout)
+    _print(console, result)
 
 
 def plan(
@@ -213,11 +213,18 @@ def _run_options(
     )
 
 
-def _print(console: Console, result: "Result", layout: str) -> None:
+def _print(console: Console, result: "Result", layout: str = "") -> None:
     console.notes(result.notes)
     console.result(
         result.to_json(), lambda: _plan_tables(result, layout) if result.dry_run else _summary(result, layout)
     )
+
+
+def _model(result: "Result", layout: str) -> str:
+    """What is written, as far as it has it: a layout on Megatron's side, experts in a mixture of them."""
+    parallel = [layout] if result.direction == "hf-to-megatron" else []
+    experts = [] if result.experts_layout == "none" else [f"experts: {result.experts_layout}"]
+    return ", ".join((result.model, *parallel, result.dtype, *experts))
 
 
 def _summary(result: "Result", layout: str) -> None:
@@ -225,7 +232,7 @@ def _summary(result: "Result", layout: str) -> None:
     moving = result.seconds.get("fill", 0.0) or 1e-9
     stages = ", ".join(f"{stage} {time:.2f} s" for stage, time in result.seconds.items() if time >= 0.005)
     rows = [
-        ("model", f"{result.model}, {layout}, {result.dtype}"),
+        ("model", _model(result, layout)),
         ("tensors", f"{result.tensors} in {len(result.files)} files, {size(result.total_bytes)}"),
         ("time", f"{seconds:.2f} s ({stages}); {size(result.data_bytes / moving)}/s while filling"),
         ("proof", "every element read once and written once; every chunk read back and its checksum compared"),
@@ -234,13 +241,26 @@ def _summary(result: "Result", layout: str) -> None:
     table(f"{result.direction}: {result.source}", rows)
 
 
+def _ranks(result: "Result") -> list[tuple[str, str]]:
+    """How much each rank will hold; which, when they differ."""
+    held = result.rank_bytes
+    if not held:
+        return []
+    most = f"{size(max(held))} of weights on each of {len(held)} ranks"
+    if min(held) == max(held):
+        return [("ranks", most)]
+    shown = ", ".join(f"{rank}: {size(nbytes)}" for rank, nbytes in enumerate(held[:16])) + (" ..." if held[16:] else "")
+    return [("ranks", f"{size(min(held))} to {size(max(held))} of weights on each of {len(held)}; {shown}")]
+
+
 def _plan_tables(result: "Result", layout: str) -> None:
     table(
         f"{result.direction}: {result.source} (a plan; nothing was written)",
         [
-            ("model", f"{result.model}, {layout}, {result.dtype}, experts: {result.experts_layout}"),
+            ("model", _model(result, layout)),
             ("tensors", f"{result.tensors}, {size(result.data_bytes)} of data; every element accounted for once"),
             ("memory", f"at most {size(result.buffer_bytes)} of buffers"),
+            *_ranks(result),
             ("disk", f"{size(result.total_bytes)} needed, {size(result.free_bytes)} free"),
         ],
     )

@@ -1,7 +1,7 @@
 """Checkpoint conversion for Qwen3-VL: Hugging Face safetensors <-> Megatron distributed checkpoints.
 
-The commands of the command line are functions here: `hf_to_megatron`, `megatron_to_hf`, `inspect`, `explain`, `make_checkpoint`,
-and `verify` in `qwen3vl_convert.verify`; mappings of your own are registered with `register_mapping`.
+The commands of the command line are functions here: `hf_to_megatron`, `megatron_to_hf`, `inspect`, `explain`,
+`make_checkpoint`, and `verify` in `qwen3vl_convert.verify`; mappings of your own are registered with `register_mapping`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -52,8 +52,33 @@ _HOME = {
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = [  # noqa: PLE0604  the same names, once more, for `import *`
-    *_MODULE_OF
+__all__ = [
+    "AutoMapping",
+    "ConcatenatedQKVMapping",
+    "ConvertError",
+    "Dims",
+    "ExpertMLPDownProjMapping",
+    "ExpertMLPGateUpProjMapping",
+    "Explanation",
+    "FillOptions",
+    "GatedMLPMapping",
+    "InputError",
+    "Inspection",
+    "MappingRegistry",
+    "OutputError",
+    "ParallelLayout",
+    "QKVMapping",
+    "ReplicatedMapping",
+    "Result",
+    "RunOptions",
+    "UsageError",
+    "explain",
+    "hf_to_megatron",
+    "inspect",
+    "make_checkpoint",
+    "mapping_registry",
+    "megatron_to_hf",
+    "register_mapping",
 ]
 
 

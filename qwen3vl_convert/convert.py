@@ -6,6 +6,7 @@ megatron_to_hf(source, target, config="Qwen/Qwen3-VL-8B-Instruct")
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen3vl_convert.dims import CONFIG_FILE, Dims, read_config
-from qwen3vl_convert.errors import InputError, UsageError
+from qwen3vl_convert.errors import InputError, OutputError, UsageError
 from qwen3vl_convert.fill import FillOptions, Key, fill, key_of
 from qwen3vl_convert.huggingface.config import config_json, portable_config
 from qwen3vl_convert.huggingface.files import folder_files
@@ -22,6 +23,7 @@ from qwen3vl_convert.huggingface.hub import Resolved, resolve
 from qwen3vl_convert.huggingface.target import huggingface_target
 from qwen3vl_convert.huggingface.writer import hub_order
 from qwen3vl_convert.mappings.registry import names
+from qwen3vl_convert.megatron.placement import held_bytes
 from qwen3vl_convert.megatron.stored import stored
 from qwen3vl_convert.megatron.target import MegatronOptions, megatron_target
 from qwen3vl_convert.model import EMBEDDING, OUTPUT, MegatronModel, Model, open_huggingface, open_megatron
@@ -32,6 +34,7 @@ from qwen3vl_convert.storage import DTYPES, StoredTensor
 
 DTYPE_OPTIONS = {"keep": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DEFAULT_SHARD_BYTES = 5 * 10**9
+_SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
 
 Report = Callable[[str, int, int], None]
 """Called as report(stage, bytes done, bytes in all)."""
@@ -64,12 +67,15 @@ class Conversion:
     check_data: Callable[[], list[str]]
     notes: tuple[str, ...]
     manifest_path: str
-    rank_bytes: dict[str, int]
+    rank_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a conversion did, or with `dry_run` would do; `to_json()` is what `--json` prints. Sizes in bytes."""
+    """What a conversion did, or with `dry_run` would do; `to_json()` is what `--json` prints. Sizes in bytes.
+
+    `rank_bytes`: weights that each rank of the layout will hold once it is loaded (empty for a HF folder).
+    """
 
     direction: str
     source: str
@@ -84,6 +90,7 @@ class Result:
     total_bytes: int
     free_bytes: int
     buffer_bytes: int
+    rank_bytes: tuple[int, ...]
     dry_run: bool
     seconds: dict[str, float]
     notes: tuple[str, ...]
@@ -165,6 +172,10 @@ def plan_hf_to_megatron(
     parameters = [one for equation in model.equations for one in stored(equation)]
     linked = links([one.equation for one in parameters], model.sizes, opened.tensors, to="megatron")
     dtypes = _target_dtypes(linked, opened.tensors, dtype)
+
+    def itemsize_of(name: str) -> int:
+        return DTYPES[dtypes[name]].itemsize
+
     target = megatron_target(
         parameters, model.sizes, model.dims, dtypes.__getitem__, options, _kept_files(source.folder)
     )
@@ -186,7 +197,7 @@ def plan_hf_to_megatron(
         check_data=opened.check_data,
         notes=(*opened.checkpoint.notes, *_advice(model, options.layout)),
         manifest_path=f"{options.folder}/{MANIFEST}",
-        rank_bytes={n: s for n, s in target.sizes.items() if n.endswith(".distcp")},
+        rank_bytes=tuple(held_bytes(parameters, model.sizes, itemsize_of, options.layout, model.dims.tied)),
     )
 
 
@@ -217,8 +228,9 @@ def plan_megatron_to_hf(
     }
     entries = [(name, dtypes[name], shapes[name]) for name in hub_order(shapes, model.dims)]
     text, auxiliary, notes = _config_and_files(opened, reference, dtypes[EMBEDDING[1]], layout)
-    split = None if max_shard_bytes else _split_of(manifest, reference)
-    target = huggingface_target(entries, text, auxiliary, max_shard_bytes or DEFAULT_SHARD_BYTES, split)
+    split = _split_of(manifest, reference) if max_shard_bytes is None else None
+    limit = DEFAULT_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes
+    target = huggingface_target(entries, text, auxiliary, limit, split)
     plan = make_plan(opened.tensors, target, linked, _padding(model, opened.tensors))
     chosen = {
         "dtype": dtype,
@@ -237,7 +249,7 @@ def plan_megatron_to_hf(
         check_data=opened.check_data,
         notes=(*opened.checkpoint.notes, *notes),
         manifest_path=MANIFEST,
-        rank_bytes={},
+        rank_bytes=(),
     )
 
 
@@ -251,10 +263,12 @@ def carry_out(
     plan = conversion.plan
     if run.dry_run:
         return _result(conversion, target, run, clock, conversion.notes, _free(target))
+    _refuse_own_source(plan, target)
     free = check_space(target, plan.target.nbytes)
     notes = (*conversion.notes, *conversion.check_data())
     clock.lap("check source")
-    with publishing(target, _fingerprint(conversion), overwrite=run.overwrite, resume=run.resume) as staging:
+    fingerprint = _fingerprint(conversion)
+    with publishing(target, fingerprint, overwrite=run.overwrite, resume=run.resume) as staging:
         if not staging.resumed:
             staging.lay_out(plan.target)
         clock.lap("lay out")
@@ -262,7 +276,13 @@ def carry_out(
             plan, staging.content, run.fill, _meter(tell, "fill", plan.data_bytes), staging.done, staging.finished
         )
         clock.lap("fill")
-        check_written(plan, staging.content, crcs, run.fill.workers, _meter(tell, "check", plan.data_bytes))
+        if _fingerprint(conversion) != fingerprint:
+            raise InputError(f"{conversion.source}: was changed while it was read. Convert again when it is complete.")
+        try:
+            check_written(plan, staging.content, crcs, run.fill.workers, _meter(tell, "check", plan.data_bytes))
+        except OutputError:
+            staging.discard()  # what is not what was written is nothing to go on from
+            raise
         clock.lap("check")
         (staging.content / conversion.manifest_path).write_text(_manifest(conversion, crcs))
         staging.publish(run.fsync)
@@ -312,6 +332,7 @@ def _result(
         total_bytes=plan.target.nbytes,
         free_bytes=free,
         buffer_bytes=run.fill.buffer_bytes,
+        rank_bytes=conversion.rank_bytes,
         dry_run=run.dry_run,
         seconds=clock.seconds,
         notes=notes,
@@ -324,7 +345,7 @@ def _free(target: Path) -> int:
 
 def _padded(dims: Dims, rows: int | None, divisor: int | None) -> int:
     """Rows of the embedding on Megatron's side."""
-    if rows and divisor:
+    if rows is not None and divisor is not None:
         raise UsageError("--padded-vocab-size and --make-vocab-size-divisible-by exclude each other.")
     if divisor is not None:
         if divisor < 1:
@@ -379,7 +400,7 @@ def _manifest_of(opened: MegatronModel) -> dict[str, Any]:
     """Our own manifest beside a checkpoint, as far as it is one; it only ever gives defaults."""
     try:
         manifest = json.loads((opened.checkpoint.folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
 
@@ -402,11 +423,11 @@ def _written_experts(option: str, opened: MegatronModel, manifest: dict[str, Any
 
 def _split_of(manifest: dict[str, Any], reference: Resolved | None) -> dict[str, str] | None:
     """How the source was split into files, where that is known and safe to take over."""
-    split = (manifest.get("options") or {}).get("shard_of")
+    options = manifest.get("options")
+    split = options.get("shard_of") if isinstance(options, dict) else None
     if not isinstance(split, dict):
         return None
-    plain = all(isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors") for f in split.values())
-    return split if plain else None
+    return split if all(isinstance(file, str) and _SHARD.fullmatch(file) for file in split.values()) else None
 
 
 def _config_and_files(
@@ -445,10 +466,37 @@ def _version() -> str:
 
 def _fingerprint(conversion: Conversion) -> str:
     """What must be the same for an interrupted run to be resumed: sources, options and the layout of the output."""
-    files = sorted({chunk.file for tensor in conversion.plan.source.values() for chunk in tensor.chunks})
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    what = [_version(), conversion.direction, conversion.options, stats, sorted(conversion.plan.target.sizes.items())]
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+    plan = conversion.plan
+    stats = [(str(path), *_state(path)) for path in sorted(_read_files(plan))]
+    equations = [str(equation) for equation in conversion.model.equations]
+    what = [_version(), conversion.direction, conversion.options, stats, equations, sorted(plan.target.sizes.items())]
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
+    for name, offset, content in plan.target.literals:
+        digest.update(f"{name} {offset} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes when a file does."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _read_files(plan: Plan) -> set[Path]:
+    """Every file that carrying the plan out reads."""
+    chunks = {chunk.file for tensor in plan.source.values() for chunk in tensor.chunks}
+    return chunks | set(plan.target.copied.values())
+
+
+def _refuse_own_source(plan: Plan, target: Path) -> None:
+    """Raise `UsageError` when replacing the target would remove what is converted."""
+    real = target.resolve()
+    for path in _read_files(plan):
+        if real in path.resolve().parents:
+            raise UsageError(f"{target} holds {path}, which is to be converted. Choose another target.")
 
 
 def _manifest(conversion: Conversion, crcs: dict[Key, int]) -> str:

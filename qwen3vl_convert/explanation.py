@@ -95,7 +95,7 @@ def _slices(
             for p in one.equation.pairs(sizes, at)
         ):
             for shard in shards(one, sizes, 1, layout):
-                held = shard.stage == stage and local in _all_holders(one, shard.offsets, shard.holders, sizes, layout)
+                held = shard.stage == stage and local in shard.ranks
                 named = all(place.get(axis, shard.offsets[i]) == shard.offsets[i] for i, axis in enumerate(one.stack))
                 if not (held and named and shard.key == pair.megatron_name):
                     continue
@@ -104,20 +104,6 @@ def _slices(
                     axes = {axis: (first, first + length) for axis, (first, length) in ranges.items()}
                     box = _box(theirs) if theirs.numel == math.prod(theirs.bounds()[1]) else None
                     yield Slice(pair.megatron_name, _box(ours), pair.hf_name, axes, box)
-
-
-def _all_holders(
-    one: Stored, offsets: tuple[int, ...], first: tuple[int, ...], sizes: dict[str, int], layout: ParallelLayout
-) -> list[int]:
-    """Every rank of the stage that holds a chunk, replicas included."""
-    from qwen3vl_convert.megatron.placement import cut_dimension
-
-    at = dict(zip(one.stack, offsets, strict=False))
-    cut = cut_dimension(one)
-    if "e" in at:
-        expert_rank = at["e"] // (sizes["e"] // layout.ep)
-        return layout.holders(None, expert_rank, first[0] % layout.etp if cut else None)
-    return layout.holders(first[0] % layout.tp if cut else None, None, None)
 
 
 def _box(view: View) -> tuple[tuple[int, int], ...]:

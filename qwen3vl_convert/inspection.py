@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_convert.dims import Dims
-from qwen3vl_convert.errors import ConvertError
+from qwen3vl_convert.errors import ConvertError, InputError
 from qwen3vl_convert.huggingface.experts import experts_layout
 from qwen3vl_convert.huggingface.folder import read_folder
 from qwen3vl_convert.huggingface.hub import resolve
@@ -140,6 +140,10 @@ def _dialect(checkpoint: MegatronCheckpoint) -> str:
 
 def _layout(checkpoint: MegatronCheckpoint) -> dict[str, int]:
     """The parallel sizes that the checkpoint says it was written with; it can be loaded with any."""
-    run_config = read_run_config(checkpoint.folder / "run_config.yaml") or {}
-    model = run_config.get("model") or {}
-    return {short: model[name] for short, name in _PARALLEL.items() if isinstance(model.get(name), int)}
+    try:
+        run_config = read_run_config(checkpoint.folder / "run_config.yaml") or {}
+    except InputError:  # told with the sizes, if it matters for them
+        return {}
+    model = run_config.get("model")
+    stated = model if isinstance(model, dict) else {}
+    return {short: stated[name] for short, name in _PARALLEL.items() if isinstance(stated.get(name), int)}

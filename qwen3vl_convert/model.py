@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen3vl_convert.dims import Dims
-from qwen3vl_convert.errors import InputError, MissingTensors, UnknownTensors, UsageError
+from qwen3vl_convert.errors import InputError, MisshapenTensor, MissingTensors, UnknownTensors, UsageError
 from qwen3vl_convert.huggingface.experts import experts_layout as detect_experts
 from qwen3vl_convert.huggingface.folder import HuggingFaceCheckpoint, read_folder
 from qwen3vl_convert.mappings import Equation, Mapping, MappingRegistry, Term, mapping_registry
@@ -207,6 +207,10 @@ def _rows(tensors: dict[str, StoredTensor], dims: Dims, where: str) -> int:
     embedding = tensors.get(EMBEDDING[0])
     if embedding is None:
         raise MissingTensors(f"{where} lacks {EMBEDDING[0]}: it is no complete Qwen3-VL model.")
+    if len(embedding.shape) != 2:
+        raise MisshapenTensor(
+            f"{where}: {EMBEDDING[0]}: expected ({dims.vocab} rows or more, {dims.hidden}), found {embedding.shape}."
+        )
     if embedding.shape[0] < dims.vocab:
         raise UnknownTensors(
             f"{where}: {EMBEDDING[0]} has {embedding.shape[0]} rows, fewer than the config's vocab_size = {dims.vocab}. "

@@ -6,7 +6,8 @@ has them all: pp * lcm(tp, ep * etp).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
 
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import UsageError
@@ -28,9 +29,10 @@ class ParallelLayout:
     last_stage_layers: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp", "ep", "etp"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: expected 1 or more.")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{field.name.replace('_', '-')} {value}: expected 1 or more.")
         if self.vpp and self.vpp > 1 and self.pp == 1:
             raise UsageError(f"--vpp {self.vpp} needs a pipeline: pass --pp 2 or more.")
         if (self.first_stage_layers or self.last_stage_layers) and (self.pp == 1 or (self.vpp or 1) > 1):
@@ -100,12 +102,17 @@ class ParallelLayout:
             *(experts if dims.moe else dense),
         ]
 
-    def holders(self, tp: int | None, ep: int | None, etp: int | None) -> list[int]:
+    def holders(self, tp: int | None, ep: int | None, etp: int | None) -> tuple[int, ...]:
         """Ranks of a stage (0 is its first) that hold a shard: those with the given indices, in rising order."""
-        return [
-            rank
-            for rank in range(self.stage_ranks)
-            if (tp is None or rank % self.tp == tp)
-            and (etp is None or rank % self.etp == etp)
-            and (ep is None or rank // self.etp % self.ep == ep)
-        ]
+        return _holders(self, tp, ep, etp)
+
+
+@lru_cache(maxsize=65536)
+def _holders(layout: ParallelLayout, tp: int | None, ep: int | None, etp: int | None) -> tuple[int, ...]:
+    return tuple(
+        rank
+        for rank in range(layout.stage_ranks)
+        if (tp is None or rank % layout.tp == tp)
+        and (etp is None or rank % layout.etp == etp)
+        and (ep is None or rank // layout.etp % layout.ep == ep)
+    )

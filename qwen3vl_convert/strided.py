@@ -81,11 +81,16 @@ def cast(array: Array, source: str, target: str, name: str) -> Array:
     """Elements in another dtype, rounded to nearest even; raises `InputError` when a finite value becomes infinite."""
     import torch
 
-    wide = torch.from_numpy(array.view(f"i{array.itemsize}")).view(getattr(torch, source))
+    # torch warns of memory that it must not write to, such as a mapped file's
+    writable = np.require(array.view(f"i{array.itemsize}"), requirements="W")
+    wide = torch.from_numpy(writable).view(getattr(torch, source))
     narrow = wide.to(getattr(torch, target))
-    if target == "float16" and bool((narrow.isinf() & wide.isfinite()).any()):
+    lost = narrow.isinf() & wide.isfinite()
+    if bool(lost.any()):
+        largest, other = torch.finfo(narrow.dtype).max, "bf16 or fp32" if target == "float16" else "fp32"
         raise InputError(
-            f"{name}: a value of {float(wide.abs().max()):.4g} does not fit float16 (largest 65504). Use --dtype bf16 or fp32."
+            f"{name}: a value of {float(wide[lost].abs().max()):.4g} does not fit {target} (largest {largest:.5g}). "
+            f"Use --dtype {other}."
         )
     size = DTYPES[target].itemsize
     return narrow.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).numpy().view(_RAW[size])

@@ -243,9 +243,17 @@ def stored(run: Path, key: str) -> tuple[str, tuple[int, ...], bytes]:
 
 def command(*arguments: object, program: str | None = None, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run the command line, or a program of its own that ends in `main()`, as a user would: in another process."""
-    return subprocess.run(command_line(*arguments, program=program), capture_output=True, text=True, **options)
+    environment = user_environment()
+    line = command_line(*arguments, program=program)
+    return subprocess.run(line, capture_output=True, text=True, env=environment, **options)
 
 
 def command_line(*arguments: object, program: str | None = None) -> list[str]:
     start = ["-m", "qwen3vl_convert.cli.app"] if program is None else ["-c", program]
     return [sys.executable, *start, *map(str, arguments)]
+
+
+def user_environment() -> dict[str, str]:
+    """The environment of a process that finds the program in the checkout, installed or not, whatever its folder."""
+    paths = (str(REPOSITORY), os.environ.get("PYTHONPATH", ""))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}

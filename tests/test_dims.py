@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from huggingface.samples import (
     CONFIGS,
     HEADERS,
@@ -19,7 +20,6 @@ from huggingface.samples import (
     variant,
     with_changes,
 )
-
 from qwen3vl_convert.config_fields import MROPE_SECTION, TEXT_DEFAULTS, TOKEN_DEFAULTS, VISION_DEFAULTS
 from qwen3vl_convert.dims import Dims, read_config
 from qwen3vl_convert.errors import ConfigError, UnsupportedFormat
@@ -73,10 +73,10 @@ def test_spellings(moe: bool) -> None:
 
 def test_names_of_axes_and_their_sizes() -> None:
     dims = Dims.from_config(tiny_config(moe=True))
-    text = {"l": 2, "kv": 2, "g": 2, "d": 8, "h": 16, "f": 20, "vocab": 32, "e": 4, "i": 6, "s": 2}
+    text = {"l": 2, "kv": 2, "g": 2, "d": 8, "h": 16, "f": 20, "vocab": 32, "e": 4, "i": 6, "half": 8, "s": 2}
     vision = {"b": 2, "n": 2, "t": 3, "vd": 4, "v": 8, "u": 12, "m": 2, "w": 32, "j": 32, "o": 16}
     assert dims.sizes() == text | vision | {"pos": 16, "rgb": 3, "time": 2, "y": 4, "x": 4}
-    assert not {"e", "i"} & set(Dims.from_config(tiny_config()).sizes())
+    assert not {"e", "i", "half"} & set(Dims.from_config(tiny_config()).sizes())
 
 
 @pytest.mark.parametrize(

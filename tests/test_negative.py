@@ -491,7 +491,7 @@ def reshaped(key: str, shape: tuple[int, ...]) -> Callable[[Path], None]:
 
 
 def without_chunk(metadata: Metadata) -> None:
-    metadata.tensors[FC2] = replace(metadata.tensors[FC2], chunks=metadata.tensors[FC2].chunks[:1])
+    metadata.tensors[FC2] = replace(metadata.tensors[FC2], chunks=metadata.tensors[FC2].chunks[1:])
 
 
 def of_iteration(damage: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -912,7 +912,7 @@ OPTIONS = {
             ["--padded-vocab-size", "128", "--make-vocab-size-divisible-by", "64"],
             "exclude each other",
         ),
-        "tp in words": (["--tp", "two"], "two"),
+        "tp in words": (["--tp", "two"], "--tp"),
     },
     "megatron-to-hf": {
         **{name: case for name, case in RUN_OPTIONS.items() if name != "experts-layout of a dense model"},

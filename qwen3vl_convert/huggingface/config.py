@@ -144,7 +144,7 @@ def _true_ties(config: dict[str, Any], text: dict[str, Any], tied: bool) -> None
 def _true_version(config: dict[str, Any], experts_layout: str) -> None:
     """Readers that meet experts of square shape go by transformers_version: it must not say the other layout."""
     stored = str(config.get("transformers_version") or "0").split(".")
-    newer = [int(part) if part.isdigit() else 0 for part in stored[:2]] >= [5, 0]
+    newer = [int(part) if part.isdigit() else 0 for part in stored[:2]] >= [5, 2]
     if newer != (experts_layout == "v5"):
         config["transformers_version"] = V5_VERSION if experts_layout == "v5" else HUB_VERSION
 

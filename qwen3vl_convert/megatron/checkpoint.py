@@ -1,6 +1,5 @@
 """A torch_dist checkpoint as named tensors in files: headers and small objects are read, no data, nothing is executed."""
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -14,15 +13,18 @@ from qwen3vl_convert.megatron.blob import read_object_blob, read_tensor_blob
 from qwen3vl_convert.megatron.metadata import ChunkEntry, Metadata, ObjectEntry, TensorEntry, read_metadata
 from qwen3vl_convert.megatron.run_config import config_of_run, read_run_config
 from qwen3vl_convert.storage import WEIGHT_DTYPES, Chunk, StoredTensor
+from qwen3vl_convert.strict_json import parse_object
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_MARKER = "metadata.json"
 HF_FOLDER = "hf"
 """Where a checkpoint that we wrote keeps the config and the auxiliary files of its source."""
 
+_ANEW = "Fetch or write the checkpoint again."
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 _ITERATION = re.compile(r"iter_\d{7}|release")
 _FOREIGN = (
-    (re.compile(r"language_model\.projection|.*projection\.encoder\.|.*deepstack_norm_list"), "Pai-Megatron-Patch"),
+    (re.compile(r".*\bprojection\.encoder\.|.*\bdeepstack_norm_list\b"), "Pai-Megatron-Patch"),
     (re.compile(r"visual\."), "ms-swift (mcore-bridge)"),
     (re.compile(r"(module|model)\."), "Megatron-FSDP or a wrapped model"),
     (re.compile(r"(decoder|embedding)\."), "a text-only Megatron-Core GPTModel"),
@@ -33,7 +35,8 @@ _FOREIGN = (
 class MegatronCheckpoint:
     """One iteration of a checkpoint. `tensors` are its weights, by their key on disk; what else there is is `ignored`.
 
-    `config` is a config.json as far as the checkpoint knows one, and `config_from` says from where.
+    `config` is a config.json as far as the checkpoint knows one, and `config_from` says from where; `config_error` is what
+    stands against the one that is there, and matters only where no other is given.
     `auxiliary` are the files that travelled along. `notes` are what a user should know, a sentence each.
     """
 
@@ -46,9 +49,12 @@ class MegatronCheckpoint:
     config_from: Path | None
     auxiliary: tuple[Path, ...]
     notes: tuple[str, ...]
+    config_error: InputError | None = None
 
     def dims(self) -> Dims:
         """The model's sizes. Raises `ConfigError` when the checkpoint does not say them."""
+        if self.config_error is not None:
+            raise self.config_error
         if self.config is None:
             raise ConfigError(
                 f"{self.folder}: has neither {HF_FOLDER}/{CONFIG_FILE} nor a run_config.yaml with the model's sizes. "
@@ -64,7 +70,7 @@ def read_megatron(path: Path, iteration: int | str | None = None) -> MegatronChe
     weights = {key: entry for key, entry in metadata.tensors.items() if not _OPTIMIZER.match(key)}
     _refuse_foreign(weights, folder)
     tensors = _stored(weights, folder)
-    config, config_from = _config(folder)
+    config, config_from, config_error = _config_if_sound(folder)
     ignored = tuple(key for key in metadata.tensors if key not in weights)
     return MegatronCheckpoint(
         folder=folder,
@@ -75,7 +81,8 @@ def read_megatron(path: Path, iteration: int | str | None = None) -> MegatronChe
         config=config,
         config_from=config_from,
         auxiliary=_auxiliary(folder),
-        notes=_notes(metadata, ignored),
+        notes=_notes(metadata, ignored, config_error),
+        config_error=config_error,
     )
 
 
@@ -83,7 +90,7 @@ def iteration_folder(path: Path, iteration: int | str | None = None) -> Path:
     """The folder of one iteration: `path` itself, the one asked for, or the one that the tracker names."""
     if not path.is_dir():
         raise InputError(f"{path}: no such folder. Expected a Megatron checkpoint.")
-    if iteration is None and (path / ".metadata").is_file():
+    if iteration is None and any((path / name).is_file() for name in (".metadata", _MARKER)):
         return _checked_format(path)
     if iteration is None and _is_legacy(path):
         raise _legacy(path)
@@ -106,10 +113,12 @@ def _asked(path: Path, found: list[str]) -> str:
         if text != "release" and not (text.isdecimal() and len(text) <= 7):
             raise CorruptFile(f"{tracker}: expected an iteration or `release`, found {text[:40]!r}. Pass --iteration.")
         return _folder_name(text)
-    if len(found) != 1:
+    if len(found) > 1:
+        raise InputError(f"{path}: found {listing(found)} and no {TRACKER} to say which. Pass --iteration.")
+    if not found:
         raise InputError(
-            f"{path}: is no Megatron checkpoint: expected .metadata, {TRACKER} or one iter_* folder, "
-            f"found {listing(found) or 'none of them'}."
+            f"{path}: is no Megatron checkpoint: expected .metadata, {TRACKER} or one iter_* folder, found none of them. "
+            f"Name the run folder or one of its iterations."
         )
     return found[0]
 
@@ -129,32 +138,29 @@ def _checked_format(folder: Path) -> Path:
     """The folder, when it is torch_dist. Raises `UnsupportedFormat` naming the format that it is instead."""
     if _is_legacy(folder):
         raise _legacy(folder)
+    marker = folder / _MARKER
+    if marker.is_file():
+        backend = parse_object(marker.read_bytes(), str(marker), CorruptFile, _ANEW).get("sharded_backend")
+        if backend != "torch_dist":
+            raise UnsupportedFormat(f"{marker}: expected the backend torch_dist, found {backend!r}, which is not read.")
     if not (folder / ".metadata").is_file():
         raise InputError(
-            f"{folder}: expected a .metadata file, found none: no torch_dist checkpoint, or an incomplete one."
+            f"{folder}: expected a .metadata file, found none: no torch_dist checkpoint, or an incomplete one. {_ANEW}"
         )
-    marker = folder / "metadata.json"
     if not marker.is_file():
         raise UnsupportedFormat(
-            f"{folder}: has .metadata and no metadata.json: a checkpoint of torch.distributed or Megatron-FSDP "
+            f"{folder}: has .metadata and no {_MARKER}: a checkpoint of torch.distributed or Megatron-FSDP "
             f"(fsdp_dtensor), which is not read. Save it with --ckpt-format torch_dist."
         )
-    try:
-        backend = json.loads(marker.read_text()).get("sharded_backend")
-    except (ValueError, AttributeError) as error:
-        raise CorruptFile(f"{marker}: is no JSON object ({error}).") from None
-    if backend != "torch_dist":
-        raise UnsupportedFormat(f"{marker}: expected the backend torch_dist, found {backend!r}, which is not read.")
     return folder
 
 
 def _refuse_foreign(keys: Iterable[str], folder: Path) -> None:
-    known = [key for key in keys if not key.startswith(("language_model.", "vision_model."))]
     for pattern, writer in _FOREIGN:
-        if any(pattern.match(key) for key in known):
+        if found := [key for key in keys if pattern.match(key)]:
             raise UnsupportedFormat(
-                f"{folder}: expected tensors under language_model. and vision_model., found {listing(known, 3)}: "
-                f"names of {writer}, which are not read."
+                f"{folder}: expected Megatron-Bridge's names under language_model. and vision_model., "
+                f"found {listing(found, 3)}: names of {writer}, which are not read."
             )
 
 
@@ -194,6 +200,14 @@ def _chunk(key: str, entry: TensorEntry, chunk: ChunkEntry, folder: Path, descri
     return Chunk(chunk.offsets, chunk.sizes, path, blob.data_start)
 
 
+def _config_if_sound(folder: Path) -> tuple[dict[str, Any] | None, Path | None, InputError | None]:
+    """The config and its file, or why it is not to be had: only who has no other config needs to know."""
+    try:
+        return *_config(folder), None
+    except InputError as error:
+        return None, None, error
+
+
 def _config(folder: Path) -> tuple[dict[str, Any] | None, Path | None]:
     if (folder / HF_FOLDER / CONFIG_FILE).is_file():
         return read_config(folder / HF_FOLDER), folder / HF_FOLDER / CONFIG_FILE
@@ -205,7 +219,7 @@ def _config(folder: Path) -> tuple[dict[str, Any] | None, Path | None]:
 def _auxiliary(folder: Path) -> tuple[Path, ...]:
     """Files of the source that travelled along: ours under hf/, Megatron's own under tokenizer/."""
     for name in (HF_FOLDER, "tokenizer"):
-        if (folder / name).is_dir():
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
             files = (path for path in sorted((folder / name).iterdir()) if path.is_file() and not path.is_symlink())
             return tuple(path for path in files if path.name != CONFIG_FILE and path.suffix != ".safetensors")
     return ()
@@ -230,7 +244,7 @@ def _object_bytes(path: Path, entry: ObjectEntry | None) -> bytes:
         return file.read(entry.length)
 
 
-def _notes(metadata: Metadata, ignored: tuple[str, ...]) -> tuple[str, ...]:
+def _notes(metadata: Metadata, ignored: tuple[str, ...], config_error: InputError | None) -> tuple[str, ...]:
     states = [k for k in metadata.objects if "_extra_state" not in k and not k.startswith("common_state/")]
     notes = []
     if ignored or states:
@@ -238,4 +252,6 @@ def _notes(metadata: Metadata, ignored: tuple[str, ...]) -> tuple[str, ...]:
             f"Training state is left out: {len(ignored)} optimizer tensors and {len(states)} objects "
             f"({listing(states, 2) or 'none'})."
         )
+    if config_error is not None:
+        notes.append(f"The checkpoint's own sizes are not compared: {config_error}")
     return tuple(notes)

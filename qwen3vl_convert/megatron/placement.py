@@ -8,7 +8,7 @@ fully-parallel save picks (greedily, fewest holders first, then the largest, to 
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from qwen3vl_convert.mappings import Layout
@@ -18,19 +18,24 @@ from qwen3vl_convert.mappings.registry import names
 from qwen3vl_convert.megatron.stored import STACKS, Stored
 from qwen3vl_convert.parallel import ParallelLayout
 
-_FIRST_STAGE = ("vision_model.", "language_model.embedding.")
+_EMBEDDING = "language_model.embedding."
+_FIRST_STAGE = ("vision_model.", _EMBEDDING)
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A chunk to be written: its box, its size in bytes, its pipeline stage and the ranks of that stage that may write it."""
+    """A chunk to be written: its box, its size in bytes, and its pipeline stage.
+
+    `ranks` of that stage hold it, replicas included; of these `writers` may write it.
+    """
 
     key: str
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     nbytes: int
     stage: int
-    holders: tuple[int, ...]
+    ranks: tuple[int, ...]
+    writers: tuple[int, ...]
 
 
 def shards(one: Stored, sizes: Sizes, itemsize: int, layout: ParallelLayout) -> Iterator[Shard]:
@@ -42,9 +47,11 @@ def shards(one: Stored, sizes: Sizes, itemsize: int, layout: ParallelLayout) -> 
     for index in itertools.product(*(range(len(span)) for span in spans)):
         offsets, extents = zip(*(span[i] for span, i in zip(spans, index, strict=True)), strict=True)
         part = index[cut[0]] % _ways(cut, layout) if cut else 0
-        stage, holders = _owners(one, offsets, part, sizes, layout)
+        at = dict(zip(one.stack, offsets, strict=False))
+        stage = stage_of(term.name, at.get("l"), sizes["l"], layout)
+        held = _ranks(at, part if cut else None, sizes, layout)
         for key in keys:
-            yield Shard(key, offsets, extents, math.prod(extents) * itemsize, stage, holders)
+            yield Shard(key, offsets, extents, math.prod(extents) * itemsize, stage, *held)
 
 
 def cut_dimension(one: Stored) -> tuple[int, str] | None:
@@ -77,19 +84,30 @@ def _spans(
     return [(index * (size // count), size // count) for index in range(count)]
 
 
-def _owners(
-    one: Stored, offsets: tuple[int, ...], part: int, sizes: Sizes, layout: ParallelLayout
-) -> tuple[int, tuple[int, ...]]:
-    """The pipeline stage of a chunk, and the ranks of it that a save chooses from."""
-    at = dict(zip(one.stack, offsets, strict=False))
-    name, cut = one.equation.megatron.name, cut_dimension(one)
-    stage = stage_of(name, at.get("l"), sizes["l"], layout)
-    if "e" not in at:
-        # replicas of a tensor that is not cut count from tensor parallel rank 0
-        return stage, tuple(layout.holders(part if cut else 0, None, None))
-    expert_rank = at["e"] // (sizes["e"] // layout.ep)
-    holders = layout.holders(None, expert_rank, part if cut else None)
-    return stage, tuple(rank for rank in holders if rank % layout.tp == holders[0] % layout.tp)
+def _ranks(
+    at: dict[str, int], part: int | None, sizes: Sizes, layout: ParallelLayout
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(ranks of a stage that hold a chunk, those of them that a save chooses from). `part`: of the cut axis, if any."""
+    if "e" in at:
+        holders = layout.holders(None, at["e"] // (sizes["e"] // layout.ep), part)
+    else:
+        holders = layout.holders(part, None, None)
+    # A save divides the work among data-parallel ranks: those with the tensor parallel index of the first replica.
+    return holders, tuple(rank for rank in holders if rank % layout.tp == holders[0] % layout.tp)
+
+
+def held_bytes(
+    parameters: Iterable[Stored], sizes: Sizes, itemsize_of: Callable[[str], int], layout: ParallelLayout, tied: bool
+) -> list[int]:
+    """Bytes of weights that each global rank holds; a tied head is a second copy of the embedding on the last stage."""
+    held = [0] * layout.world
+    for one in parameters:
+        name = one.equation.megatron.name
+        for shard in shards(one, sizes, itemsize_of(name), layout):
+            copies = {shard.stage, layout.pp - 1} if tied and name.startswith(_EMBEDDING) else {shard.stage}
+            for rank in (stage * layout.stage_ranks + local for stage in copies for local in shard.ranks):
+                held[rank] += shard.nbytes
+    return held
 
 
 def stage_of(name: str, layer: int | None, layers: int, layout: ParallelLayout) -> int:
@@ -103,12 +121,12 @@ def writers(everything: Iterable[Shard], layout: ParallelLayout) -> dict[tuple[s
     """The global rank that writes each chunk, by (key, offsets)."""
     groups: dict[tuple[int, int], list[Shard]] = defaultdict(list)
     for shard in everything:
-        groups[shard.stage, shard.holders[0] % layout.tp].append(shard)
+        groups[shard.stage, shard.writers[0] % layout.tp].append(shard)
     chosen = {}
     for (stage, _), members in groups.items():
-        load = dict.fromkeys((rank for shard in members for rank in shard.holders), 0)
-        for shard in sorted(members, key=lambda s: (len(s.holders), -s.nbytes, s.key, s.offsets)):
-            rank = min(shard.holders, key=lambda r: (load[r], r))
+        load = dict.fromkeys((rank for shard in members for rank in shard.writers), 0)
+        for shard in sorted(members, key=lambda s: (len(s.writers), -s.nbytes, s.key, s.offsets)):
+            rank = min(shard.writers, key=lambda r: (load[r], r))
             load[rank] += shard.nbytes
             chosen[shard.key, shard.offsets] = stage * layout.stage_ranks + rank
     return chosen

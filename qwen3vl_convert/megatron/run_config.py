@@ -28,7 +28,7 @@ def run_config_yaml(dims: Dims, sizes: Sizes, layout: ParallelLayout, dtype: str
     """The `run_config.yaml` with which Megatron-Bridge loads the checkpoint."""
     config = {
         "checkpoint": {"save_optim": False, "save_rng": False, "fully_parallel_save": True},
-        "model": {**_model(dims, sizes, dtype), **_parallel(layout, dims), **(_experts(dims) if dims.moe else {})},
+        "model": {**_model(dims, sizes, dtype), **_parallel(layout), **(_experts(dims) if dims.moe else {})},
     }
     return yaml.safe_dump(config, sort_keys=True).encode()
 
@@ -43,7 +43,6 @@ def _model(dims: Dims, sizes: Sizes, dtype: str) -> dict[str, Any]:
         "num_attention_heads": dims.heads,
         "num_query_groups": dims.kv_heads,
         "kv_channels": dims.head_dim,
-        "head_dim": dims.head_dim,
         "vocab_size": sizes.get("padded_vocab", dims.vocab),
         "should_pad_vocab": False,
         "seq_length": dims.max_positions,
@@ -64,26 +63,28 @@ def _model(dims: Dims, sizes: Sizes, dtype: str) -> dict[str, Any]:
         "fp16": dtype == "float16",
         "params_dtype": _torch(dtype),
         "pipeline_dtype": _torch(dtype),
-        "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
         "image_token_id": dims.image_token_id,
         "video_token_id": dims.video_token_id,
         "vision_start_token_id": dims.vision_start_token_id,
         "vision_end_token_id": dims.vision_end_token_id,
         "bos_token_id": dims.bos_token_id,
-        "eos_token_id": list(dims.eos_token_id) if isinstance(dims.eos_token_id, tuple) else dims.eos_token_id,
+        "eos_token_id": _listed(dims.eos_token_id),
         "vision_config": _vision(dims, dtype),
         "hf_text_config": _text(dims, dtype),
     }
 
 
-def _parallel(layout: ParallelLayout, dims: Dims) -> dict[str, Any]:
+def _listed(token: int | tuple[int, ...] | None) -> int | list[int] | None:
+    return list(token) if isinstance(token, tuple) else token
+
+
+def _parallel(layout: ParallelLayout) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
         "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.etp if dims.moe else None,
+        "expert_tensor_parallel_size": layout.etp,
         "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
         "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
     }
@@ -92,6 +93,7 @@ def _parallel(layout: ParallelLayout, dims: Dims) -> dict[str, Any]:
 def _experts(dims: Dims) -> dict[str, Any]:
     # The MoE provider's class defaults freeze both towers; a converted checkpoint is to be trained.
     return {
+        "head_dim": dims.head_dim,
         "num_moe_experts": dims.experts,
         "moe_ffn_hidden_size": dims.expert_ffn,
         "moe_router_topk": dims.top_k,
@@ -150,6 +152,8 @@ def _text(dims: Dims, dtype: str) -> dict[str, Any]:
         "attention_bias": dims.attention_bias,
         "hidden_act": "silu",
         "tie_word_embeddings": dims.tied,
+        "bos_token_id": dims.bos_token_id,
+        "eos_token_id": _listed(dims.eos_token_id),
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": dims.rope_theta,
@@ -211,7 +215,7 @@ def read_run_config(path: Path) -> dict[str, Any] | None:
         return None
     try:
         loaded = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
         raise ConfigError(f"{path}: is no plain YAML ({error}). Pass --config, or remove the file.") from None
     return loaded if isinstance(loaded, dict) else None
 
@@ -245,7 +249,7 @@ def _arguments(dims: Dims, sizes: Sizes, layout: ParallelLayout) -> dict[str, An
         "normalization": "RMSNorm",
         "norm_epsilon": dims.rms_eps,
         "swiglu": True,
-        "add_position_embedding": False,
+        "add_position_embedding": True,  # its deprecated opposite makes Megatron-LM refuse any type but rope
         "add_bias_linear": False,
         "add_qkv_bias": dims.attention_bias,
         "qk_layernorm": True,

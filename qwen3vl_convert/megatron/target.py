@@ -146,7 +146,7 @@ def _extra_states(one: Stored, sizes: Sizes, layout: ParallelLayout) -> Iterator
         index = shard.offsets[: len(one.stack)]
         if (shard.key, index) not in seen:
             seen.add((shard.key, index))
-            yield shard.key, index, shard.stage * layout.stage_ranks + shard.holders[0]
+            yield shard.key, index, shard.stage * layout.stage_ranks + shard.writers[0]
 
 
 def _common_item(state: dict[str, Any], options: MegatronOptions) -> Iterator[_Item]:

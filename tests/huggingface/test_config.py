@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+
 from huggingface.samples import (
     CONFIGS,
     SIZES,
@@ -16,7 +17,6 @@ from huggingface.samples import (
     variant,
     with_changes,
 )
-
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.huggingface.config import config_json, portable_config, rebuild_config
 
@@ -140,6 +140,7 @@ def test_dtype_is_true_wherever_it_stands(changes: dict[str, Any], places: set[s
         ("5.23.0", "v5", "5.23.0"),
         ("4.57.0.dev0", "v5", "5.2.0"),
         (None, "v5", "5.2.0"),
+        ("5.0.0", "v5", "5.2.0"),
         (None, "hub", None),
     ],
 )

@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import pytest
+
 from huggingface.samples import (
     GOLDEN,
     HEADERS,
@@ -15,7 +16,6 @@ from huggingface.samples import (
     tiny_config,
     with_changes,
 )
-
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import (
     InputError,

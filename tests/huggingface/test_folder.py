@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface.samples import GOLDEN, make_folder, model_shapes, needs_shared, save, tiny_config, write_index
 from safetensors import safe_open
 
+from huggingface.samples import GOLDEN, make_folder, model_shapes, needs_shared, save, tiny_config, write_index
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import (
     ConfigError,

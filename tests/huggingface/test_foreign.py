@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface.samples import make_folder, model_shapes, tiny_config, with_changes
 
+from huggingface.samples import make_folder, model_shapes, tiny_config, with_changes
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import InputError, UnknownTensors, UnsupportedFormat
 from qwen3vl_convert.huggingface.folder import read_folder

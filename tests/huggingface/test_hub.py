@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface.samples import make_folder, tiny_config
 
+from huggingface.samples import make_folder, tiny_config
 from qwen3vl_convert.errors import InputError, UsageError
 from qwen3vl_convert.huggingface import hub
 from qwen3vl_convert.huggingface.folder import read_folder

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface.samples import GOLDEN, needs_shared
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
+from huggingface.samples import GOLDEN, needs_shared
 from qwen3vl_convert.errors import CorruptFile, InputError
 from qwen3vl_convert.huggingface.safetensors import Entry, file_order, header_bytes, read_header
 from qwen3vl_convert.storage import DTYPES

@@ -6,10 +6,10 @@ import random
 from typing import Any
 
 import pytest
-from huggingface.samples import HEADERS, SIZES, model_shapes, needs_shared, published, tiny_config
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
 
+from huggingface.samples import HEADERS, SIZES, model_shapes, needs_shared, published, tiny_config
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.huggingface.safetensors import Entry, header_bytes

@@ -396,6 +396,27 @@ def test_missing_and_double_members() -> None:
         read(file.getvalue())
 
 
+@pytest.mark.parametrize(
+    ("field", "width", "step", "message"),
+    [
+        (10, 2, 1, "4 members in a directory of 5"),
+        (12, 4, -46, "expected it to end at"),
+        (12, 4, 1 << 30, "expected it to end at"),
+        (16, 4, -1, "expected it to end at"),
+        (16, 4, 1 << 30, "expected it to end at"),
+        (4, 2, 1, "does not end in a zip directory"),
+        (20, 2, 1, "does not end in a zip directory"),
+    ],
+)
+def test_a_directory_that_is_elsewhere(field: int, width: int, step: int, message: str) -> None:
+    data = bytearray(archive(OLD))
+    at = len(data) - 22 + field
+    value = int.from_bytes(data[at : at + width], "little") + step
+    data[at : at + width] = value.to_bytes(width, "little")
+    with pytest.raises(CorruptFile, match=message):
+        read(bytes(data))
+
+
 def test_a_storage_that_runs_into_the_directory() -> None:
     """Sizes that agree with each other and with the file, but not with where the members end."""
     data = bytearray(described(storage(count=33), 0, (33,), (1,), False, None))

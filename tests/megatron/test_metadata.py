@@ -94,6 +94,8 @@ def test_golden_metadata_written_again_is_equal_in_torch(golden_folders: list[Pa
         written, genuine = stock(tmp_path), stock(folder)
         assert written.state_dict_metadata == genuine.state_dict_metadata
         assert written.storage_data == genuine.storage_data
+        as_stored = [{str(vars(index)) for index in each.storage_data} for each in (written, genuine)]
+        assert as_stored[0] == as_stored[1]
         assert vars(written).keys() == vars(genuine).keys()
         assert (written.planner_data, written.version) == (None, genuine.version)
         for name, entry in written.state_dict_metadata.items():
