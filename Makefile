@@ -102,9 +102,9 @@ format: setup  ## rewrite the files as `make lint` wants them
 	@.venv/bin/ruff check --fix
 	@.venv/bin/ruff format
 
-docs: setup  ## write the generated pages of docs/ again
+docs: setup  ## write the generated pages of docs/ again; FIGURE=1 also draws docs/images/demo.svg
 	$(call say,Generating the pages of docs/ that come from code)
-	@.venv/bin/python docs/generate.py
+	@.venv/bin/python docs/generate.py $(if $(FIGURE),--figure)
 
 docs-check: setup  ## fail if a generated page is not current
 	$(call say,Checking that the generated pages are current)

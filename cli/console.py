@@ -144,7 +144,7 @@ def table(title: str, rows: Iterable[tuple[str, ...]], header: tuple[str, ...] =
 def size(nbytes: float) -> str:
     """`4.26 GB`; decimal units, as disks and the Hub count."""
     for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
+        if nbytes < 999.5:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"

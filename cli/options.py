@@ -1,6 +1,7 @@
 """The options that several commands share, each written once."""
 
 import re
+from decimal import Decimal
 from typing import Annotated
 
 import typer
@@ -13,6 +14,9 @@ _UNITS = {"": 1, "B": 1} | {
     for power, letter in enumerate("KMGT", 1)
     for suffix, base in (("B", 1000), ("iB", 1024), ("", 1000))
 }
+
+_LONGEST_ITERATION = 18
+"""Digits; Python refuses to make a number of several thousand."""
 
 Tp = Annotated[int, typer.Option("--tp", help="Tensor parallel size.", rich_help_panel=_LAYOUT)]
 Pp = Annotated[int, typer.Option("--pp", help="Pipeline parallel size.", rich_help_panel=_LAYOUT)]
@@ -80,13 +84,13 @@ def parse_bytes(text: str, option: str) -> int:
     )
     if match is None or unit not in _UNITS:
         raise UsageError(f"{option} {text}: expected a size such as 5GB or 512MiB.")
-    return int(float(match[1]) * _UNITS[unit])
+    return int(Decimal(match[1]) * _UNITS[unit])
 
 
 def parse_iteration(text: str | None) -> int | str | None:
     """A number, `release`, or nothing."""
     if text is None or text == "release":
         return text
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > _LONGEST_ITERATION:
         raise UsageError(f"--iteration {text}: expected a number or `release`.")
     return int(text)

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 COMMANDS = (
-    "qwen3vl-convert make-checkpoint model --size 2b --layers 4",
+    "qwen3vl-convert make-checkpoint model --size 2b --layers 6",
     "qwen3vl-convert hf-to-megatron model checkpoint --tp 2 --pp 2",
     "qwen3vl-convert megatron-to-hf checkpoint back",
     "qwen3vl-convert verify back checkpoint",
-    "qwen3vl-convert explain model.language_model.layers.3.self_attn.k_proj.weight --model back --tp 2 --pp 2 --rank 1",
+    "qwen3vl-convert explain model.language_model.layers.2.self_attn.k_proj.weight --model back --tp 2 --pp 2 --rank 1",
 )
 _WIDTH = 116
 _STYLES = (

@@ -1,7 +1,7 @@
 """Checkpoint conversion for Qwen3-VL: Hugging Face safetensors <-> Megatron distributed checkpoints.
 
 The commands of the command line are functions here: `hf_to_megatron`, `megatron_to_hf`, `inspect`, `explain`,
-`make_checkpoint`, and `verify` in `qwen3vl_convert.verify`; mappings of your own are registered with `register_mapping`.
+`make_checkpoint`, and `verify` in `qwen3vl_convert.verify`; `register_mapping` adds mappings of your own.
 """
 
 from typing import TYPE_CHECKING, Any

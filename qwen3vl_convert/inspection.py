@@ -11,6 +11,7 @@ from qwen3vl_convert.huggingface.folder import read_folder
 from qwen3vl_convert.huggingface.hub import resolve
 from qwen3vl_convert.make import SIZES
 from qwen3vl_convert.megatron.checkpoint import MegatronCheckpoint, read_megatron
+from qwen3vl_convert.megatron.pickled import Instance
 from qwen3vl_convert.megatron.run_config import read_run_config
 from qwen3vl_convert.megatron.stored import STACKS, local_spec_of, style_of
 from qwen3vl_convert.model import open_huggingface, open_megatron
@@ -144,6 +145,7 @@ def _layout(checkpoint: MegatronCheckpoint) -> dict[str, int]:
         run_config = read_run_config(checkpoint.folder / "run_config.yaml") or {}
     except InputError:  # told with the sizes, if it matters for them
         return {}
-    model = run_config.get("model")
-    stated = model if isinstance(model, dict) else {}
-    return {short: stated[name] for short, name in _PARALLEL.items() if isinstance(stated.get(name), int)}
+    arguments = checkpoint.common.get("args")
+    stated = run_config.get("model") or (arguments.state if isinstance(arguments, Instance) else None)
+    known = stated if isinstance(stated, dict) else {}
+    return {short: known[name] for short, name in _PARALLEL.items() if isinstance(known.get(name), int)}

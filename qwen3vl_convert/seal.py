@@ -184,11 +184,17 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
 def check_space(target: Path, nbytes: int) -> int:
     """Free bytes where the target goes, with those of an unfinished run's staging folder; `OutputError` if too few."""
     folder = next(parent for parent in (target, *target.absolute().parents) if parent.exists())
-    staged = (target.parent / f".{target.name}.partial").rglob("*")
-    free = shutil.disk_usage(folder).free + sum(path.lstat().st_blocks * 512 for path in staged)
+    free = shutil.disk_usage(folder).free + _allocated(target.parent / f".{target.name}.partial")
     if free < nbytes:
         raise OutputError(f"{target}: {nbytes / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free on {folder}.")
     return free
+
+
+def _allocated(folder: Path) -> int:
+    try:
+        return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+    except OSError:
+        return 0
 
 
 def check_written(plan: Plan, folder: Path, crcs: dict[Key, int], workers: int, progress: Progress) -> None:

@@ -190,7 +190,7 @@ HF_TENSORS = {
         edit_tensors(lambda t: [t.update({f"module.{name}": t.pop(name)}) for name in list(t)]),
     ),
     "no tensor at all": Case(UnknownTensors, ("found none",), edit_tensors(dict.clear)),
-}  # fmt: skip
+}
 
 
 @table(HF_TENSORS)
@@ -238,7 +238,7 @@ HF_EXPERTS = {
         (OUR_LAYERS + "mlp.experts.experts.linear_fc2.weight", "--dtype"),
         with_tensor(EXPERTS + "down_proj", zeros("F32", 8, 24, 32)),
     ),
-}  # fmt: skip
+}
 
 
 @table(HF_EXPERTS)
@@ -253,12 +253,6 @@ def test_mixed_dtypes_convert_when_one_is_asked_for(bases: Bases, tmp_path: Path
 
 
 # ---------------------------------------------------------------------------------------------- Hugging Face: files
-
-
-def entry_of(header: dict[str, Any], number: int) -> dict[str, Any]:
-    """The entry of a file's n-th tensor, by the order of the bytes."""
-    entries = [value for name, value in header.items() if name != "__metadata__"]
-    return dict(sorted(enumerate(entries), key=lambda item: item[1]["data_offsets"]))[number]
 
 
 def shift(number: int, by: int) -> Callable[[Path], None]:
@@ -317,7 +311,7 @@ HF_FILES = {
         ("tokenizer.json", "outside"),
         lambda f: (f / "tokenizer.json").symlink_to("/etc/hostname"),
     ),
-}  # fmt: skip
+}
 
 
 @table(HF_FILES)
@@ -360,7 +354,7 @@ HF_SHARDS = {
     "another model's file beside": Case(
         InputError, (f"both {SINGLE} and {INDEX}",), lambda f: write_safetensors(f / SINGLE, {HEAD: zeros("BF16", 1)})
     ),
-}  # fmt: skip
+}
 
 
 @table(HF_SHARDS)
@@ -414,7 +408,7 @@ CONFIGS = {
         ("experts",),
         edit_config(lambda c: (c.update(model_type="qwen3_vl_moe"), c["text_config"].update(moe_intermediate_size=24))),
     ),
-}  # fmt: skip
+}
 
 
 @table(CONFIGS)
@@ -467,10 +461,6 @@ def test_a_different_head_of_a_tied_run(bases: Bases, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- Megatron
 
 
-def of_run(change: Callable[[Metadata], object]) -> Callable[[Path], None]:
-    return edit_metadata(change)
-
-
 def without_key(key: str) -> Callable[[Path], None]:
     return edit_metadata(lambda metadata: metadata.tensors.pop(key))
 
@@ -521,12 +511,12 @@ MEGATRON = {
         CorruptFile, (FC2, "overlaps"), edit_chunk(FC2, 1, offsets=(0, 1, 0), sizes=(1, 31, 48))
     ),
     "chunk twice": Case(CorruptFile, (FC2, "twice"), edit_chunk(FC2, 1, offsets=(0, 0, 0))),
-    "hole": Case(CorruptFile, (FC2, "there is none at"), of_run(without_chunk)),
+    "hole": Case(CorruptFile, (FC2, "there is none at"), edit_metadata(without_chunk)),
     "chunk too small": Case(CorruptFile, (FC2, "elements"), edit_chunk(FC2, 1, sizes=(1, 31, 48))),
     "chunk outside its tensor": Case(CorruptFile, (FC2, "not within"), edit_chunk(FC2, 1, offsets=(2, 0, 0))),
     "two chunks in the same bytes": Case(
         CorruptFile, (FC2, "share bytes"),
-        of_run(lambda m: m.tensors.update({FC2: replace(m.tensors[FC2], chunks=tuple(
+        edit_metadata(lambda m: m.tensors.update({FC2: replace(m.tensors[FC2], chunks=tuple(
             replace(c, relative_path=m.tensors[FC2].chunks[0].relative_path, offset=m.tensors[FC2].chunks[0].offset)
             for c in m.tensors[FC2].chunks))})),
     ),
@@ -543,7 +533,7 @@ MEGATRON = {
     "removed": Case(CorruptFile, (FILE, "not there"), of_iteration(lambda f: (f / FILE).unlink())),
     "blob of another dtype": Case(
         CorruptFile, (FC2, "expected float16", "found bfloat16"),
-        of_run(lambda m: m.tensors.update({FC2: replace(m.tensors[FC2], dtype="float16")})),
+        edit_metadata(lambda m: m.tensors.update({FC2: replace(m.tensors[FC2], dtype="float16")})),
     ),
     "blob of another shape": Case(CorruptFile, (FC2, "expected bfloat16 (1, 48, 32)"), reshaped(FC2, (2, 48, 32))),
     ".metadata cut short": Case(CorruptFile, (".metadata",), of_iteration(truncate(".metadata", 9))),
@@ -575,7 +565,7 @@ MEGATRON = {
     ),
     "text only": Case(
         UnsupportedFormat, ("text-only", "decoder."),
-        of_run(lambda m: [m.tensors.update({key.removeprefix("language_model."): m.tensors.pop(key)}) for key in list(m.tensors)]),
+        edit_metadata(lambda m: [m.tensors.update({key.removeprefix("language_model."): m.tensors.pop(key)}) for key in list(m.tensors)]),
     ),
     "stacked and numbered keys": Case(
         UnsupportedFormat, (OUR_LAYERS + "*", "one style"), with_key(OUR_LAYERS + "0.mlp.linear_fc2.weight", "bfloat16", 32, 48)
@@ -621,7 +611,7 @@ MEGATRON = {
     ),
     "common.pt damaged": Case(
         CorruptFile, ("common.pt",),
-        lambda run: (of_run(lambda m: m.objects.pop("common_state/shard_0_1"))(run), overwrite(f"{ITERATION}/common.pt", b"PK")(run)),
+        lambda run: (edit_metadata(lambda m: m.objects.pop("common_state/shard_0_1"))(run), overwrite(f"{ITERATION}/common.pt", b"PK")(run)),
     ),
     "fewer rows than the vocabulary": Case(
         UnknownTensors, (OUR_EMBEDDING, "has 96 rows", "vocab_size = 100", "--config"),
@@ -631,7 +621,7 @@ MEGATRON = {
         InputError, (OUR_EMBEDDING, "has 96 rows", "vocab_size = 90", "not padding", "--config"),
         of_iteration(edit_json("hf/config.json", lambda c: c["text_config"].update(vocab_size=90))),
     ),
-}  # fmt: skip
+}
 
 
 @table(MEGATRON)
@@ -667,8 +657,8 @@ def test_head_and_embedding_padded_differently(bases: Bases, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("key", [FC2, QKV])
-def test_mixed_dtypes_inside_what_one_huggingface_tensor_is_made_of(key: str, bases: Bases, tmp_path: Path) -> None:
-    """Megatron's tensors are the larger ones, so that each keeps its own dtype on the way back."""
+def test_megatron_tensors_of_different_dtypes(key: str, bases: Bases, tmp_path: Path) -> None:
+    """Megatron's tensors are the larger ones: no tensor of Hugging Face is made of two of them, so each keeps its dtype."""
     run = copied(bases.dense_run, tmp_path / "run")
     put(run, key, "float32", stored(run, key)[1])
     result = megatron_to_hf(run, tmp_path / "back", run=QUICK)
@@ -687,7 +677,7 @@ MEGATRON_EXPERTS = {
         {"experts_layout": "match"},
     ),
     "an unknown --experts-layout": Case(UsageError, ("--experts-layout huh",), options={"experts_layout": "huh"}),
-}  # fmt: skip
+}
 
 
 @table(MEGATRON_EXPERTS)
@@ -698,13 +688,17 @@ def test_megatron_experts(case: Case, bases: Bases, tmp_path: Path) -> None:
     check_refusal(case, megatron_to_hf, run, tmp_path / "out" / "target", code)
 
 
-def test_experts_of_different_dtypes_in_one_tensor(bases: Bases, tmp_path: Path) -> None:
-    """A HF tensor that one Megatron tensor holds has its dtype; one made of several numbered ones may not."""
-    run = copied(bases.moe_run, tmp_path / "source")
-    key = OUR_LAYERS + "mlp.experts.experts.linear_fc2.weight"
-    put(run, key, "float32", (2, 8, 32, 24))
-    assert megatron_to_hf(run, tmp_path / "back", run=QUICK).dtype == "bfloat16, float32"
-    assert megatron_to_hf(run, tmp_path / "bf16", dtype="bf16", run=QUICK).dtype == "bfloat16"
+def numbered_experts(run: Path, dtypes: dict[int, str]) -> None:
+    """The experts' second matrix as one key per layer and expert, as some Megatrons store it; of float32 where asked."""
+    _, (layers, experts, rows, columns), data = stored(run, MOE_FC2)
+    size = 2 * rows * columns
+    edit_metadata(lambda metadata: metadata.tensors.pop(MOE_FC2))(run)
+    for number in range(layers * experts):
+        layer, expert = divmod(number, experts)
+        key = f"{OUR_LAYERS}{layer}.mlp.experts.experts.{expert}.linear_fc2.weight"
+        dtype = dtypes.get(number, "bfloat16")
+        part = data[number * size : (number + 1) * size] if dtype == "bfloat16" else None
+        put(run, key, dtype, (rows, columns), part)
 
 
 MANIFESTS: list[Any] = [
@@ -773,37 +767,40 @@ class _Payload:
         return os.mkdir, (str(self.marker),)
 
 
-@pytest.mark.parametrize("name", [".metadata", "common.pt", "__0_0.distcp"])
-def test_a_payload_does_not_run(name: str, bases: Bases, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+def shown_to_be_one(marker: Path) -> None:
+    """The payload does run in a stock unpickler: else the tests would show nothing."""
+    pickle.loads(pickle.dumps(_Payload(marker)))
+    assert marker.exists()
+
+
+def test_a_payload_in_metadata_does_not_run(bases: Bases, tmp_path: Path) -> None:
     run, marker = copied(bases.dense_run, tmp_path / "source"), tmp_path / "executed"
-    file = run / ITERATION / name
-    if name == ".metadata":
-        file.write_bytes(pickle.dumps(_Payload(marker)))
-    else:
-        torch.save(_Payload(marker), file)
-        size = file.stat().st_size
-
-        def take_over(metadata: Metadata) -> None:
-            metadata.objects.pop("common_state/shard_0_1")
-            if name != "common.pt":
-                metadata.tensors.clear()
-                entry = next(iter(metadata.objects.values()))
-                metadata.objects.clear()
-                metadata.objects["common_state/shard_0_1"] = replace(entry, relative_path=name, offset=0, length=size)
-
-        shutil.copy(bases.dense_run / ITERATION / "__0_0.distcp", tmp_path / "sound")
-        payload = file.read_bytes()
-        shutil.copy(bases.dense_run / ITERATION / name, file)
-        edit_metadata(take_over)(run)
-        file.write_bytes(payload)
-    case = Case(UnsafeFile, (name, "'posix' 'mkdir'", "Nothing was executed"))
+    (run / ITERATION / ".metadata").write_bytes(pickle.dumps(_Payload(marker)))
+    case = Case(UnsafeFile, (".metadata", "'posix' 'mkdir'", "Nothing was executed"))
     check_refusal(case, megatron_to_hf, run, tmp_path / "out" / "target", 3)
-    assert not marker.exists()
     assert CliRunner().invoke(app, ["inspect", str(run)]).exit_code == 3
     assert not marker.exists()
-    pickle.loads(pickle.dumps(_Payload(marker)))
-    assert marker.exists()  # so the payload is one
+    shown_to_be_one(marker)
+
+
+@pytest.mark.parametrize("name", ["common.pt", "payload.distcp"])
+def test_a_payload_in_the_common_state_does_not_run(name: str, bases: Bases, tmp_path: Path) -> None:
+    """Weights do not need the common state: they are converted, and a note says what was left alone."""
+    torch = pytest.importorskip("torch")
+    run, marker = copied(bases.dense_run, tmp_path / "source"), tmp_path / "executed"
+    torch.save(_Payload(marker), run / ITERATION / name)
+
+    def take_over(metadata: Metadata) -> None:
+        entry = metadata.objects.pop("common_state/shard_0_1")
+        if name != "common.pt":
+            length = (run / ITERATION / name).stat().st_size
+            metadata.objects["common_state/shard_0_1"] = replace(entry, relative_path=name, offset=0, length=length)
+
+    edit_metadata(take_over)(run)
+    result = megatron_to_hf(run, tmp_path / "target")
+    assert any("are not read" in note and "Nothing was executed" in note for note in result.notes)
+    assert not marker.exists()
+    shown_to_be_one(marker)
 
 
 # ---------------------------------------------------------------------------------------------------------- legacy
@@ -866,7 +863,7 @@ LAYOUTS = {
     "a middle that does not divide": Layout({"pp": 3, "first_stage_layers": 1}, ("leave 3 for 2",), options={"layers": 4}),
     "a negative stage": Layout({"pp": 2, "first_stage_layers": -1}, ("--first-stage-layers -1", "1 or more")),
     "an empty stage": Layout({"pp": 2, "last_stage_layers": 0}, ("--last-stage-layers 0", "1 or more")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -946,7 +943,7 @@ def test_a_format_that_is_not_written_yet(bases: Bases, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_negative_number_of_fields_in_run_options() -> None:
+def test_run_options_that_exclude_each_other() -> None:
     with pytest.raises(UsageError, match="exclude each other"):
         RunOptions(resume=True, overwrite=True)
 

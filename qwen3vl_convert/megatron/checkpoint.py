@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_convert.dims import CONFIG_FILE, Dims, read_config
-from qwen3vl_convert.errors import ConfigError, CorruptFile, InputError, UnsupportedFormat, listing
+from qwen3vl_convert.errors import ConfigError, CorruptFile, InputError, UnsafeFile, UnsupportedFormat, listing
 from qwen3vl_convert.megatron.blob import read_object_blob, read_tensor_blob
 from qwen3vl_convert.megatron.metadata import ChunkEntry, Metadata, ObjectEntry, TensorEntry, read_metadata
 from qwen3vl_convert.megatron.run_config import config_of_run, read_run_config
@@ -21,7 +21,6 @@ HF_FOLDER = "hf"
 """Where a checkpoint that we wrote keeps the config and the auxiliary files of its source."""
 
 _ANEW = "Fetch or write the checkpoint again."
-_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 _ITERATION = re.compile(r"iter_\d{7}|release")
 _FOREIGN = (
     (re.compile(r".*\bprojection\.encoder\.|.*\bdeepstack_norm_list\b"), "Pai-Megatron-Patch"),
@@ -67,21 +66,21 @@ def read_megatron(path: Path, iteration: int | str | None = None) -> MegatronChe
     """The checkpoint at `path`, a run folder or one `iter_*` or `release` folder. Raises `InputError`'s kinds."""
     folder = iteration_folder(path, iteration)
     metadata = read_metadata(folder / ".metadata")
-    weights = {key: entry for key, entry in metadata.tensors.items() if not _OPTIMIZER.match(key)}
-    _refuse_foreign(weights, folder)
-    tensors = _stored(weights, folder)
+    _refuse_foreign(metadata.tensors, folder)
+    _refuse_flattened(metadata, folder)
+    tensors = _stored(metadata.tensors, folder)
     config, config_from, config_error = _config_if_sound(folder)
-    ignored = tuple(key for key in metadata.tensors if key not in weights)
+    common, common_notes = _common(metadata, folder)
     return MegatronCheckpoint(
         folder=folder,
         iteration=folder.name,
         tensors=tensors,
-        ignored=ignored,
-        common=_common(metadata, folder),
+        ignored=metadata.optimizer,
+        common=common,
         config=config,
         config_from=config_from,
         auxiliary=_auxiliary(folder),
-        notes=_notes(metadata, ignored, config_error),
+        notes=(*_notes(metadata, config_error), *common_notes),
         config_error=config_error,
     )
 
@@ -164,6 +163,15 @@ def _refuse_foreign(keys: Iterable[str], folder: Path) -> None:
             )
 
 
+def _refuse_flattened(metadata: Metadata, folder: Path) -> None:
+    flattened = metadata.flattened & metadata.tensors.keys()
+    if flattened:
+        raise UnsupportedFormat(
+            f"{folder}: {listing(flattened, 3)} is stored flattened, as Megatron-Core up to 0.15 did. "
+            f"Load it with that version, and save it with 0.16 or later."
+        )
+
+
 def _stored(weights: dict[str, TensorEntry], folder: Path) -> dict[str, StoredTensor]:
     files = sorted({chunk.relative_path for entry in weights.values() for chunk in entry.chunks})
     descriptors = {name: os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC) for name in files}
@@ -225,15 +233,21 @@ def _auxiliary(folder: Path) -> tuple[Path, ...]:
     return ()
 
 
-def _common(metadata: Metadata, folder: Path) -> dict[str, Any]:
-    """The common state, of 0.19 (in a `.distcp`) or of 0.18 and before (`common.pt`); empty when there is none."""
+def _common(metadata: Metadata, folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The common state, of 0.19 (in a `.distcp`) or of 0.18 and before (`common.pt`), and notes.
+
+    Weights do not need it: one that names classes of its own (a trainer's `args`) is left alone, and said so.
+    """
     entry = next((e for key, e in metadata.objects.items() if key.startswith("common_state/")), None)
     path = folder / (entry.relative_path if entry else "common.pt")
     if not path.is_file():
-        return {}
-    value = read_object_blob(_object_bytes(path, entry), str(path))
+        return {}, ()
+    try:
+        value = read_object_blob(_object_bytes(path, entry), str(path))
+    except UnsafeFile as error:
+        return {}, (f"The arguments in the checkpoint are not read: {error}",)
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return value if isinstance(value, dict) else {}
+    return (value if isinstance(value, dict) else {}), ()
 
 
 def _object_bytes(path: Path, entry: ObjectEntry | None) -> bytes:
@@ -244,12 +258,12 @@ def _object_bytes(path: Path, entry: ObjectEntry | None) -> bytes:
         return file.read(entry.length)
 
 
-def _notes(metadata: Metadata, ignored: tuple[str, ...], config_error: InputError | None) -> tuple[str, ...]:
+def _notes(metadata: Metadata, config_error: InputError | None) -> tuple[str, ...]:
     states = [k for k in metadata.objects if "_extra_state" not in k and not k.startswith("common_state/")]
     notes = []
-    if ignored or states:
+    if metadata.optimizer or states:
         notes.append(
-            f"Training state is left out: {len(ignored)} optimizer tensors and {len(states)} objects "
+            f"Training state is left out: {len(metadata.optimizer)} entries of the optimizer and {len(states)} objects "
             f"({listing(states, 2) or 'none'})."
         )
     if config_error is not None:

@@ -4,6 +4,7 @@ It is a pickle of torch.distributed.checkpoint's Metadata. What is read is check
 files stay in the folder, bytes lie within their file and belong to one chunk each, chunks tile their tensor exactly.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,13 +65,19 @@ class ObjectEntry:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """What a `.metadata` says. `flattened` are tensors that an old Megatron (up to 0.15) stored in another shape."""
+    """What a `.metadata` says. `flattened` are tensors that an old Megatron (up to 0.15) stored in another shape.
+
+    `optimizer` are the keys of optimizer state: named, and not looked into, for they follow rules of their own.
+    """
 
     tensors: dict[str, TensorEntry]
     objects: dict[str, ObjectEntry]
     version: str | None
     flattened: frozenset[str]
+    optimizer: tuple[str, ...] = ()
 
+
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 # ---------------------------------------------------------------------------------------------------------------- read
 
@@ -106,11 +113,14 @@ class _Reader:
         items = self.mapping(fields, "state_dict_metadata")
         self.blobs = self.storage(self.mapping(fields, "storage_data"))
         names = [self.text(name) for name in items]
-        tensors = {name: self.tensor(name, items[name]) for name in names if _is(items[name], _TENSOR)}
-        objects = {name: self.stored_object(name, items[name]) for name in names if name not in tensors}
+        optimizer = [name for name in names if _OPTIMIZER.match(name)]
+        kept = [name for name in names if not _OPTIMIZER.match(name)]
+        tensors = {name: self.tensor(name, items[name]) for name in kept if _is(items[name], _TENSOR)}
+        objects = {name: self.stored_object(name, items[name]) for name in kept if name not in tensors}
         self.check_blobs(tensors, objects)
         version = fields.get("version")
-        return Metadata(tensors, objects, version if isinstance(version, str) else None, _flattened(fields))
+        version = version if isinstance(version, str) else None
+        return Metadata(tensors, objects, version, _flattened(fields), tuple(optimizer))
 
     def corrupt(self, what: str) -> CorruptFile:
         return CorruptFile(f"{self.path}: {what}. {_ANEW}")

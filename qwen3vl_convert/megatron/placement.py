@@ -103,10 +103,10 @@ def held_bytes(
     held = [0] * layout.world
     for one in parameters:
         name = one.equation.megatron.name
-        for shard in shards(one, sizes, itemsize_of(name), layout):
+        for shard in shards(one, sizes, 1, layout):
             copies = {shard.stage, layout.pp - 1} if tied and name.startswith(_EMBEDDING) else {shard.stage}
             for rank in (stage * layout.stage_ranks + local for stage in copies for local in shard.ranks):
-                held[rank] += shard.nbytes
+                held[rank] += shard.nbytes * itemsize_of(shard.key)
     return held
 
 

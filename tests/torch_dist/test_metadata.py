@@ -396,6 +396,13 @@ def first_tensor(editable: Editable) -> Any:
     return editable.state["state_dict_metadata"]["layers.fc1.weight"]
 
 
+def store_twice(editable: Editable) -> None:
+    """A second index equal to the last: torch cannot write it, and which of the two holds would be chance."""
+    storage = editable.state["storage_data"]
+    index, info = list(storage.items())[-1]
+    storage[Instance(index.cls, index.state)] = info
+
+
 EDITS: dict[str, Callable[[Editable], object]] = {
     "no storage data": lambda edit: edit.state.pop("storage_data"),
     "no tensors": lambda edit: edit.state.pop("state_dict_metadata"),
@@ -404,6 +411,7 @@ EDITS: dict[str, Callable[[Editable], object]] = {
     "storage of the object missing": lambda edit: edit.state["storage_data"].pop(
         next(iter(edit.state["storage_data"]))
     ),
+    "storage twice": store_twice,
     "number for a tensor": lambda edit: edit.state["state_dict_metadata"].update(a=1),
     "number for a name": lambda edit: edit.state["state_dict_metadata"].update({1: None}),
     "number for a chunk": lambda edit: first_tensor(edit).state["chunks"].append(1),
