@@ -3,8 +3,8 @@
     python benchmarks/convert.py [--work FOLDER] [--only dense|moe] [--repeat 3] [--write]
 
 Needs about 30 GB of disk in FOLDER (a temporary one by default). Caches are warm: the source is read once before. Each
-conversion runs as a process of its own, whose memory is sampled from /proc; the `cp` beside it runs right before. The best
-of `--repeat` runs counts, for both. With `--write`, the table goes to benchmarks/results/convert.md.
+conversion runs as a process of its own, whose memory is sampled from /proc; the `cp` beside it runs right before. The
+best of `--repeat` runs counts, for both. With `--write`, the table goes to benchmarks/results/convert.md.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Row:
 
 def main() -> None:
     options = arguments()
-    with work_folder(options.work) as work:
+    with WorkFolder(options.work) as work:
         rows = [row for name in chosen(options.only) for row in measure(name, work, options.repeat)]
     text = report(rows, options.repeat)
     print(text)
@@ -73,7 +73,7 @@ def chosen(only: str | None) -> list[str]:
     return [name for name in SIZES if only is None or name.startswith(only)]
 
 
-class work_folder:  # noqa: N801  reads as the function that it stands for
+class WorkFolder:
     """A folder that is removed at the end, in `parent` or where temporary files go."""
 
     def __init__(self, parent: Path | None) -> None:
@@ -95,8 +95,9 @@ def measure(name: str, work: Path, repeat: int) -> Iterator[Row]:
     layouts = ["TP1"] if "half" in name else [n for n in LAYOUTS if n != "EP4" or size.startswith("30b")]
     for layout in layouts:
         megatron, back = work / "megatron", work / "back"
-        yield row(f"{name}: to Megatron, {layout}", ["hf-to-megatron", *LAYOUTS[layout]], source, megatron, work, repeat)
-        yield row(f"{name}: to Hugging Face, from {layout}", ["megatron-to-hf"], megatron, back, work, repeat)
+        there, again = ["hf-to-megatron", *LAYOUTS[layout]], ["megatron-to-hf"]
+        yield row(f"{name}: to Megatron, {layout}", there, source, megatron, work, repeat)
+        yield row(f"{name}: to Hugging Face, from {layout}", again, megatron, back, work, repeat)
         shutil.rmtree(megatron)
         shutil.rmtree(back)
     shutil.rmtree(source)

@@ -22,7 +22,8 @@ def _all(
 ) -> None:
     """Qwen3-VL checkpoints between Hugging Face and Megatron: proven, at the speed of a copy.
 
-    Exit codes: 0 done, 1 compared and different, 2 wrong usage, 3 unusable input, 4 output cannot be written, 130 interrupted.
+    Exit codes: 0 done, 1 compared and different, 2 wrong usage, 3 unusable input, 4 output cannot be written, 130
+    interrupted.
     """
     console.show_traceback = traceback
 

@@ -1,4 +1,4 @@
-"""What a person, a script or nobody sees: results on stdout, talk and progress on stderr, and one table of exit codes."""
+"""What a person, a script or nobody sees: results on stdout, talk and progress on stderr, one table of exit codes."""
 
 import functools
 import json

@@ -7,8 +7,8 @@ import typer
 
 from qwen3vl_convert.cli.console import Console, size, table
 from qwen3vl_convert.cli.options import (
-    Dtype,
     DryRun,
+    Dtype,
     Ep,
     Etp,
     FirstStage,
@@ -62,7 +62,7 @@ def hf_to_megatron(
     etp: Etp = 1,
     first_stage_layers: FirstStage = None,
     last_stage_layers: LastStage = None,
-    format: Format = "torch_dist",  # noqa: A002  the option's name
+    format: Format = "torch_dist",
     dtype: Dtype = "keep",
     padded_vocab_size: PaddedVocab = None,
     make_vocab_size_divisible_by: VocabDivisor = None,
@@ -126,7 +126,7 @@ def megatron_to_hf(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """A Megatron distributed checkpoint of any layout to Hugging Face safetensors that transformers 4.57 and 5.x load."""
+    """A Megatron distributed checkpoint of any layout to safetensors that transformers 4.57 and 5.x load."""
     from qwen3vl_convert.convert import megatron_to_hf as convert
 
     console = Console(json, quiet)
@@ -249,7 +249,8 @@ def _ranks(result: "Result") -> list[tuple[str, str]]:
     most = f"{size(max(held))} of weights on each of {len(held)} ranks"
     if min(held) == max(held):
         return [("ranks", most)]
-    shown = ", ".join(f"{rank}: {size(nbytes)}" for rank, nbytes in enumerate(held[:16])) + (" ..." if held[16:] else "")
+    shown = ", ".join(f"{rank}: {size(nbytes)}" for rank, nbytes in enumerate(held[:16]))
+    shown += " ..." if held[16:] else ""
     return [("ranks", f"{size(min(held))} to {size(max(held))} of weights on each of {len(held)}; {shown}")]
 
 

@@ -184,7 +184,7 @@ def make_checkpoint(
     """A Hugging Face folder with random weights of real shapes, for trials. The same seed gives the same bits."""
     from dataclasses import asdict
 
-    from qwen3vl_convert.convert import DTYPE_OPTIONS
+    from qwen3vl_convert.conversion import DTYPE_OPTIONS
     from qwen3vl_convert.make import make_checkpoint as run
 
     chosen = DTYPE_OPTIONS.get(dtype)

@@ -4,8 +4,8 @@
     (kv * d) h          `*`: several parts lie end to end there
     ...                 any shape, the same on both sides
 
-A `View` never holds data. It says where in a tensor of a given shape its elements lie, one entry per named axis, so the same
-value gives strides into a `torch.Tensor`, bytes into a file, and the coverage proof of a plan.
+A `View` never holds data. It says where in a tensor of a given shape its elements lie, one entry per named axis, so
+the same value gives strides into a `torch.Tensor`, bytes into a file, and the coverage proof of a plan.
 """
 
 import itertools

@@ -1,7 +1,9 @@
-"""The named equations. Each entry is a few lines: which axes of a Megatron parameter are which axes of which HF tensors.
+"""The named equations. Each entry is a few lines: which axes of a Megatron parameter are which axes of which HF
+tensors.
 
-Keywords are Megatron-Bridge's, so a table written for it ports line by line: `*` in a name stands for an index, and where the
-kind implies the axes the names alone are enough. Anything else writes them: `AutoMapping("a.weight : c h", "b.weight : c h")`.
+Keywords are Megatron-Bridge's, so a table written for it ports line by line: `*` in a name stands for an index, and
+where the kind implies the axes the names alone are enough. Anything else writes them: `AutoMapping("a.weight : c h",
+"b.weight : c h")`.
 """
 
 import re
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     Tensors = Tensor | MappingOf[str, Tensor]
 
 EXPERT_LAYOUTS = ("hub", "v5", "per-expert", "scrambled")
-"""How experts lie in HF folders: as published, as transformers >= 5.2 saves them, one by one, and as 5.0 and 5.1 saved them."""
+"""How experts lie in HF folders: as published, as transformers >= 5.2 saves them, one by one, and as 5.0 and 5.1 saved
+them.
+"""
 
 FIXED = {"s": 2, "t": 3}
 """Axes whose size is the same in every model: gate and up; q, k and v."""
@@ -58,9 +62,9 @@ class Mapping(ABC):
     def hf_to_megatron(self, hf_weights: "Tensors", sizes: Sizes | None = None, **place: int) -> "Tensor":
         """The Megatron parameter made of HF tensors (one, or a dict by keyword: `{"q": ..., "k": ..., "v": ...}`).
 
-        `sizes` gives what shapes do not tell (for `QKVMapping`: kv, g or d). `place` picks an entry of an axis that is a
-        dimension of the HF tensor and an index in Megatron's name: `e=3` for expert 3 of a stack.
-        Returns a new contiguous tensor of the same dtype. Raises `MisshapenTensor`.
+        `sizes` gives what shapes do not tell (for `QKVMapping`: kv, g or d). `place` picks an entry of an axis that is
+        a dimension of the HF tensor and an index in Megatron's name: `e=3` for expert 3 of a stack. Returns a new
+        contiguous tensor of the same dtype. Raises `MisshapenTensor`.
         """
         tensors = self._by_part(hf_weights)
         equation = self.equation.ranked(next(iter(tensors.values())).dim())
@@ -150,7 +154,7 @@ def _bare(text: str, weight: str) -> str:
 
 @dataclass(frozen=True)
 class AutoMapping(Mapping):
-    """One tensor, one parameter. Which axes are cut follows from their names; `padded` names one that Megatron may pad."""
+    """One tensor, one parameter. Which axes are cut follows from their names; `padded` is one that Megatron may pad."""
 
     hf_param: str
     padded: str | None = None

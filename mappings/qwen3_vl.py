@@ -1,8 +1,9 @@
 """Qwen3-VL, dense and Mixture-of-Experts: the tables. Data only; one line per kind of tensor.
 
-Axes: l layers · kv key-value heads · g query heads per kv head · d head · h hidden · f ffn · vocab · e experts · i expert ffn · half of h
-· s gate, up · b vision blocks · n vision heads · t q, k, v · vd vision head · v vision hidden · u vision ffn · m deepstack mergers
-· w merged patch (v of spatial_merge^2 patches) · j merger's inner · o vision out · pos positions · rgb, time, y, x a patch
+Axes: l layers · kv key-value heads · g query heads per kv head · d head · h hidden · f ffn · vocab · e experts · i
+expert ffn · half of h · s gate, up · b vision blocks · n vision heads · t q, k, v · vd vision head · v vision hidden ·
+u vision ffn · m deepstack mergers · w merged patch (v of spatial_merge^2 patches) · j merger's inner · o vision out ·
+pos positions · rgb, time, y, x a patch
 """
 
 from qwen3vl_convert.mappings.mapping import (
@@ -16,7 +17,8 @@ from qwen3vl_convert.mappings.mapping import (
 )
 
 CUTS = {"kv": "tp", "f": "tp", "vocab": "tp", "n": "tp", "u": "tp", "j": "tp", "i": "etp"}
-"""Which axes a parallel size divides. Layers (l) go by pipeline stage and experts (e) by expert parallel rank, whole."""
+"""Which axes a parallel size divides. Layers (l) go by pipeline stage and experts (e) by expert parallel rank, whole.
+"""
 
 _OURS, _THEIRS = "language_model.decoder.layers.{l}.", "model.language_model.layers.{l}."
 

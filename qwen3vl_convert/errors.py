@@ -2,7 +2,7 @@
 
     ConvertError                      3
     ├── UsageError                    2   the request itself makes no sense (also a wrong mapping or layout)
-    ├── InputError                    3   a checkpoint that cannot be used: missing, corrupt, unknown, ambiguous, hostile
+    ├── InputError                    3   a checkpoint that cannot be used, from missing to hostile
     │   ├── CorruptFile                   a file whose bytes contradict themselves
     │   ├── UnsafeFile                    a pickle or a path that reaches outside what a checkpoint may name
     │   ├── UnsupportedFormat             recognised, named, and not read (quantised, legacy, another framework's names)

@@ -1,7 +1,8 @@
 """Carry a plan out: threads that read, arrange, check-sum and write one contiguous piece at a time.
 
-A piece whose source is one run of bytes passes through a small buffer that stays in the cache; any other is put together in
-a buffer of at most `piece_bytes` from memory-mapped windows. Memory is `workers` buffers, whatever the size of the model.
+A piece whose source is one run of bytes passes through a small buffer that stays in the cache; any other is put
+together in a buffer of at most `piece_bytes` from memory-mapped windows. Memory is `workers` buffers, whatever the
+size of the model.
 """
 
 import mmap
@@ -92,7 +93,7 @@ class Filler:
         try:
             for thread in threads:
                 thread.join()
-        except BaseException as error:  # Ctrl-C lands here, in the main thread: let the pieces in hand end, then go
+        except BaseException as error:  # noqa: BLE001  Ctrl-C lands here: let the pieces in hand end, then go
             self.failure = error
             for thread in threads:
                 thread.join()
@@ -109,7 +110,7 @@ class Filler:
                 if task is None:
                     return
                 self._piece(*task, buffer)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  it is raised again where the threads are joined
             self.failure = self.failure or error
 
     def _piece(self, unfinished: _Unfinished, index: int, box: Box, buffer: bytearray) -> None:

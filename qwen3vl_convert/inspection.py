@@ -28,7 +28,9 @@ _PARALLEL = {
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What `inspect` found. `complete`: every tensor of the model is there and no other; else `problem` says what is wrong."""
+    """What `inspect` found. `complete`: every tensor of the model is there and no other; else `problem` says what is
+    wrong.
+    """
 
     path: str
     format: str

@@ -1,7 +1,7 @@
 """A checkpoint of either format, opened: its tensors, the sizes of the model, and the equations that hold for it.
 
-Everything that decides what a checkpoint *is* happens here, from headers: which expert layout, which style of keys, whether
-there is an output layer, how far the vocabulary is padded. What contradicts itself is refused here.
+Everything that decides what a checkpoint *is* happens here, from headers: which expert layout, which style of keys,
+whether there is an output layer, how far the vocabulary is padded. What contradicts itself is refused here.
 """
 
 from collections.abc import Iterable
@@ -77,8 +77,9 @@ class MegatronModel:
                 continue
             if not is_padding(tensor, vocab):
                 raise InputError(
-                    f"{self.checkpoint.folder}: {name} has {tensor.shape[0]} rows and the config says vocab_size = {vocab}; "
-                    f"the rows beyond are not padding (they differ). Pass --config with the vocab_size that it was trained with."
+                    f"{self.checkpoint.folder}: {name} has {tensor.shape[0]} rows and the config says "
+                    f"vocab_size = {vocab}; the rows beyond are not padding (they differ). "
+                    f"Pass --config with the vocab_size that it was trained with."
                 )
             notes.append(f"{name}: {tensor.shape[0] - vocab} rows of padding are dropped.")
         return notes
@@ -130,7 +131,7 @@ def open_megatron(
 def _head(
     dims: Dims, tensors: dict[str, StoredTensor], name: str, headless: bool, where: str
 ) -> tuple[bool, StoredTensor | None]:
-    """(whether the model has an output layer of its own, one that a tied model has to spare: taken out of `tensors`)."""
+    """(whether the model has an output layer of its own, a spare one of a tied model: taken out of `tensors`)."""
     if dims.tied:
         return False, tensors.pop(name, None)
     if headless and name in tensors:
@@ -213,7 +214,7 @@ def _rows(tensors: dict[str, StoredTensor], dims: Dims, where: str) -> int:
         )
     if embedding.shape[0] < dims.vocab:
         raise UnknownTensors(
-            f"{where}: {EMBEDDING[0]} has {embedding.shape[0]} rows, fewer than the config's vocab_size = {dims.vocab}. "
-            f"Pass --config with the vocab_size that it was trained with."
+            f"{where}: {EMBEDDING[0]} has {embedding.shape[0]} rows, fewer than the config's "
+            f"vocab_size = {dims.vocab}. Pass --config with the vocab_size that it was trained with."
         )
     return embedding.shape[0]

@@ -1,8 +1,8 @@
 """Which rank of a Megatron job holds what: tensor, pipeline, virtual pipeline, expert and expert-tensor parallel sizes.
 
-Ranks are numbered as Megatron-Core numbers them (order tp-cp-ep-dp-pp): within a pipeline stage, rank r has tensor parallel
-index r % tp, expert-tensor parallel index r % etp and expert parallel index (r // etp) % ep. The world is the smallest that
-has them all: pp * lcm(tp, ep * etp).
+Ranks are numbered as Megatron-Core numbers them (order tp-cp-ep-dp-pp): within a pipeline stage, rank r has tensor
+parallel index r % tp, expert-tensor parallel index r % etp and expert parallel index (r // etp) % ep. The world is the
+smallest that has them all: pp * lcm(tp, ep * etp).
 """
 
 import math

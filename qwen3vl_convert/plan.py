@@ -1,7 +1,7 @@
 """Headers in, a complete plan out: which bytes of which file go where, and the proof that nothing is missing or double.
 
-A plan is made of views alone. `Plan.copies(box)` names the strided copies that fill a contiguous box of a target tensor; what
-carries them out (`fill.py`) needs no knowledge of models, and what proves them (`prove`) reads no data.
+A plan is made of views alone. `Plan.copies(box)` names the strided copies that fill a contiguous box of a target
+tensor; what carries them out (`fill.py`) needs no knowledge of models, and what proves them (`prove`) reads no data.
 """
 
 import itertools
@@ -147,7 +147,9 @@ class Plan:
 
 
 def pieces(chunk: Chunk, itemsize: int, limit: int) -> Iterator[Box]:
-    """Contiguous boxes of at most `limit` bytes (at least one row of the innermost dimension) that tile a chunk, in order."""
+    """Contiguous boxes of at most `limit` bytes (at least one row of the innermost dimension) that tile a chunk, in
+    order.
+    """
     inner = itemsize
     cut = len(chunk.sizes)
     while cut and inner * chunk.sizes[cut - 1] <= limit:

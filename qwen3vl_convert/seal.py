@@ -22,7 +22,6 @@ from qwen3vl_convert.fill import Key, Progress, key_of
 from qwen3vl_convert.plan import Job, Plan, Target
 from qwen3vl_convert.strided import read_into, write_from
 
-MANIFEST = "qwen3vl_convert.json"
 _JOURNAL = "journal"
 _BLOCK = 1 << 20
 _UNSOUND = "Is the disk sound? Convert again."
@@ -136,7 +135,8 @@ class Staging:
 
 @contextmanager
 def publishing(target: Path, fingerprint: str, *, overwrite: bool = False, resume: bool = False) -> Iterator[Staging]:
-    """A staging folder for `target`. It is kept for `--resume` when interrupted or out of space, else removed on an error.
+    """A staging folder for `target`. It is kept for `--resume` when interrupted or out of space, else removed on an
+    error.
 
     Raises `OutputError` when the target exists and may not be replaced, cannot be written, or is being written already.
     """

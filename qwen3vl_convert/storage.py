@@ -1,7 +1,7 @@
 """What both checkpoint formats have in common: named tensors that lie in files, in one chunk or in many.
 
-A Hugging Face tensor is one chunk; a Megatron tensor is tiled by the chunks that its ranks wrote. Nothing here reads data:
-readers make these values from headers, writers from a plan.
+A Hugging Face tensor is one chunk; a Megatron tensor is tiled by the chunks that its ranks wrote. Nothing here reads
+data: readers make these values from headers, writers from a plan.
 """
 
 import math
@@ -11,7 +11,9 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """A dtype under the names of the formats. `torch` is the attribute of the torch module, also the name that we print."""
+    """A dtype under the names of the formats. `torch` is the attribute of the torch module, also the name that we
+    print.
+    """
 
     torch: str
     safetensors: str

@@ -1,7 +1,7 @@
 """Strided copies at the speed of memory, and dtype casts.
 
-numpy moves bytes (a weight of 2 bytes is a uint16 here, so that NaN payloads pass untouched); torch, imported only when a
-dtype changes, rounds.
+numpy moves bytes (a weight of 2 bytes is a uint16 here, so that NaN payloads pass untouched); torch, imported only
+when a dtype changes, rounds.
 """
 
 import os
@@ -18,7 +18,8 @@ from qwen3vl_convert.storage import DTYPES
 Array = NDArray[Any]
 
 _TILE_ROWS, _TILE_COLUMNS, _TILE_PITCH = 384, 256, 264
-"""Tile of a transposition: it fits the second-level cache, and its pitch is no power of two, so that a column of it does not
+"""Tile of a transposition: it fits the second-level cache, and its pitch is no power of two, so that a column of it
+does not
 fall into one cache set (which costs a factor of two to five on matrices of 2048 or 4096 columns)."""
 
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -58,7 +59,7 @@ def move(ours: Array, theirs: Array) -> None:
 
 
 def _transposed(ours: Array, theirs: Array) -> bool:
-    """Whether the innermost two dimensions are rows of one side and columns of the other, and large enough to matter."""
+    """Whether the innermost two dimensions are rows of one side and columns of the other, and worth the tiles."""
     if ours.ndim < 2 or min(ours.shape[-2:]) < 32:
         return False
     (a, b), (c, d) = ours.strides[-2:], theirs.strides[-2:]

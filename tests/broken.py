@@ -64,7 +64,9 @@ def make(folder: Path, dims: Dims, files: int = 1, experts_layout: str = "hub") 
 def _shapes(dims: Dims) -> Iterable[tuple[int, ...]]:
     from qwen3vl_convert.mappings import mapping_registry
 
-    return (shape or () for shape in mapping_registry(dims.model_type, head=not dims.tied).hf_names(dims.sizes()).values())
+    return (
+        shape or () for shape in mapping_registry(dims.model_type, head=not dims.tied).hf_names(dims.sizes()).values()
+    )
 
 
 def copied(source: Path, target: Path) -> Path:

@@ -41,7 +41,8 @@ def load_megatron(folder: Path) -> HF:
 def expected_megatron(hf: HF, dims: Dims, padded_vocab: int | None = None) -> HF:
     """What a Megatron checkpoint of these weights must hold, by stacked key."""
     out = {**_vision(hf, dims), **_attention(hf, dims), **(_moe(hf, dims) if dims.moe else _dense(hf, dims))}
-    out["language_model.embedding.word_embeddings.weight"] = _pad(hf["model.language_model.embed_tokens.weight"], padded_vocab)
+    embedding = hf["model.language_model.embed_tokens.weight"]
+    out["language_model.embedding.word_embeddings.weight"] = _pad(embedding, padded_vocab)
     if "lm_head.weight" in hf:
         out["language_model.output_layer.weight"] = _pad(hf["lm_head.weight"], padded_vocab)
     out["language_model.decoder.final_layernorm.weight"] = hf["model.language_model.norm.weight"]
@@ -117,7 +118,8 @@ def _vision(hf: HF, dims: Dims) -> HF:
             ("mlp.linear_fc1.", "mlp.linear_fc1."),
             ("mlp.linear_fc2.", "mlp.linear_fc2."),
         ):
-            out[blocks + ours + kind] = torch.stack([visual[f"blocks.{b}.{theirs}{kind}"] for b in range(dims.vision_depth)])
+            each = [visual[f"blocks.{b}.{theirs}{kind}"] for b in range(dims.vision_depth)]
+            out[blocks + ours + kind] = torch.stack(each)
         qkv = [visual[f"blocks.{b}.attn.qkv.{kind}"] for b in range(dims.vision_depth)]
         out[blocks + f"self_attention.linear_qkv.{kind}"] = torch.stack([_per_head(w, dims) for w in qkv])
     return out

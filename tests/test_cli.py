@@ -1,4 +1,4 @@
-"""The command line: results on stdout and nothing else there, talk on stderr, exit codes, and no import that can wait."""
+"""The command line: results on stdout and nothing else there, talk on stderr, exit codes, no import that can wait."""
 
 import json
 import os
@@ -11,9 +11,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from broken import DENSE, MOE, QUICK, command, command_line, contents, copied, edit_tensors, make, user_environment, zeros
 from typer.testing import CliRunner
 
+from broken import (
+    DENSE,
+    MOE,
+    QUICK,
+    command,
+    command_line,
+    contents,
+    copied,
+    edit_tensors,
+    make,
+    user_environment,
+    zeros,
+)
 from qwen3vl_convert import Explanation, Inspection, hf_to_megatron
 from qwen3vl_convert.cli import console
 from qwen3vl_convert.cli.app import app, main
@@ -92,7 +104,7 @@ def test_help(name: str) -> None:
 
 
 def test_bytes_are_moved_without_frameworks(pair: Pair, tmp_path: Path) -> None:
-    """With --dtype keep: planning, filling, checking, verifying; torch is for rounding, the Hub's library for the Hub."""
+    """With --dtype keep: torch is for rounding, the Hub's library for the Hub, megatron and transformers for tests."""
     frameworks = {"torch", "transformers", "megatron", "huggingface_hub"}
     assert not imported("hf-to-megatron", pair.moe, tmp_path / "run", "--ep", 2, "--no-fsync") & frameworks
     assert not imported("megatron-to-hf", tmp_path / "run", tmp_path / "back", "--no-fsync") & frameworks
@@ -457,7 +469,24 @@ def test_parse_bytes(text: str, nbytes: int) -> None:
     assert parse_bytes(text, "--max-memory") == nbytes
 
 
-NO_BYTES = ["", " ", "GB", "-1", "-1GB", "1e9", "1,5GB", "1.GB", ".5GB", "5PB", "5GBB", "5iB", "5GB5", "lots", "1 2", "0x10"]
+NO_BYTES = [
+    "",
+    " ",
+    "GB",
+    "-1",
+    "-1GB",
+    "1e9",
+    "1,5GB",
+    "1.GB",
+    ".5GB",
+    "5PB",
+    "5GBB",
+    "5iB",
+    "5GB5",
+    "lots",
+    "1 2",
+    "0x10",
+]
 
 
 @pytest.mark.parametrize("text", NO_BYTES)

@@ -1,4 +1,5 @@
-"""Random models in random layouts: what Megatron's side holds is what the hand-written oracle says, and it all comes back.
+"""Random models in random layouts: what Megatron's side holds is what the hand-written oracle says, and it all comes
+back.
 
 The weights are random bits: every NaN payload, infinity and negative zero there is.
 """
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import assert_same_bits, expected_megatron, load_huggingface, load_megatron
 
 from qwen3vl_convert import ParallelLayout, RunOptions, hf_to_megatron, make_checkpoint, megatron_to_hf
 from qwen3vl_convert.dims import Dims
@@ -19,6 +19,7 @@ from qwen3vl_convert.fill import FillOptions
 from qwen3vl_convert.huggingface.safetensors import read_header
 from qwen3vl_convert.make import SIZES
 from qwen3vl_convert.verify import verify
+from reference import assert_same_bits, expected_megatron, load_huggingface, load_megatron
 
 RUN = RunOptions(fsync=False, fill=FillOptions(workers=2, max_memory=2 << 20))
 """Small pieces, so that even tiny tensors are cut into several."""
@@ -45,7 +46,8 @@ def dims(draw: st.DrawFn, moe: bool) -> Dims:
     kv, g, d = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 6]))
     hidden = draw(st.sampled_from([8, 12, 14, 24]))
     square = draw(st.sampled_from([None, hidden, hidden // 2]))
-    experts = {"experts": draw(st.sampled_from([2, 3, 4, 6])), "expert_ffn": square or draw(st.integers(1, 9)), "top_k": 1}
+    expert_ffn = square or draw(st.integers(1, 9))
+    experts = {"experts": draw(st.sampled_from([2, 3, 4, 6])), "expert_ffn": expert_ffn, "top_k": 1}
     depth, heads = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4]))
     return replace(
         SIZES["tiny"],

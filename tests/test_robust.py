@@ -1,18 +1,21 @@
-"""What goes wrong while a conversion runs leaves no target, loses no work, and harms neither the source nor an old target."""
+"""What goes wrong while a conversion runs leaves no target, loses no work, and harms neither source nor old target."""
 
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
 from broken import (
     DENSE,
     ITERATION,
@@ -27,7 +30,6 @@ from broken import (
     read_safetensors,
     user_environment,
 )
-
 from qwen3vl_convert import FillOptions, ParallelLayout, RunOptions, convert, fill, hf_to_megatron, megatron_to_hf, seal
 from qwen3vl_convert.errors import ConvertError, CorruptFile, InputError, OutputError, UsageError
 from qwen3vl_convert.fill import Filler, Key
@@ -297,9 +299,7 @@ TORN = [b'["iter_0000000/__0_0.dis', b"\xff\xfe", b"[1]\n", b"null\n", b'["a", "
 
 
 @pytest.mark.parametrize("torn", TORN, ids=ascii)
-def test_a_torn_journal_costs_a_chunk_at_most(
-    torn: bytes, tmp_path: Path, sources: Sources, filled: list[Key]
-) -> None:
+def test_a_torn_journal_costs_a_chunk_at_most(torn: bytes, tmp_path: Path, sources: Sources, filled: list[Key]) -> None:
     """A full disk or a power cut leaves half a line, behind which the next run must not write its own."""
     target = tmp_path / "target"
     staging = interrupted(sources, target, 10)
@@ -455,7 +455,7 @@ FULL: dict[str, tuple[Any, str, int]] = {
     "while laying out": (os, "pwrite", 3),
     "while filling": (os, "pwrite", 350),
     "while noting what is done": (seal.Staging, "finished", 10),
-    "while copying the auxiliary files": (seal.shutil, "copyfile", 0),
+    "while copying the auxiliary files": (shutil, "copyfile", 0),
     "while writing the manifest": (convert, "_manifest", 0),
     "while syncing": (os, "fsync", 4),
 }
@@ -468,9 +468,10 @@ def test_a_full_disk(
 ) -> None:
     owner, name, count = place
     target = tmp_path / "target"
-    with monkeypatch.context() as patch, pytest.raises(OutputError) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing_after(count, getattr(owner, name), code))
-        converted(sources, target, run=options(fsync=True))
+        with pytest.raises(OutputError) as caught:
+            converted(sources, target, run=options(fsync=True))
     assert os.strerror(code) in str(caught.value)
     assert "--resume" in caught.value.__notes__[0]
     assert [path.name for path in tmp_path.iterdir()] == [".target.partial"]
@@ -482,7 +483,7 @@ def test_a_disk_that_is_too_small_is_told_at_once(
     tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr(seal.shutil, "disk_usage", lambda path: nothing)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: nothing)
     for run in (lambda: converted(sources, tmp_path / "t"), lambda: megatron_to_hf(sources.run, tmp_path / "t")):
         with pytest.raises(OutputError, match=r"GB are needed and 1e-06 GB are free"):
             run()
@@ -497,7 +498,7 @@ def test_what_is_staged_already_needs_no_space_again(
     staging = interrupted(sources, tmp_path / "target", 60)
     staged = sum(path.lstat().st_blocks * 512 for path in staging.rglob("*"))
     total = sum(path.stat().st_size for path in sources.run.rglob("*") if path.is_file())
-    monkeypatch.setattr(seal.shutil, "disk_usage", lambda path: type("Usage", (), {"free": total - staged // 2})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": total - staged // 2})())
     converted(sources, tmp_path / "target", run=options(resume=True))
     check_alone(tmp_path / "target", sources.expected)
 
@@ -530,7 +531,7 @@ def test_a_flipped_bit_is_caught_before_publishing(
     place: tuple[str, str, float], tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     to, name, part = place
-    check = convert.check_written
+    check = seal.check_written
 
     def flipped(plan: Any, folder: Path, *rest: Any) -> None:
         path = folder / name
@@ -538,18 +539,16 @@ def test_a_flipped_bit_is_caught_before_publishing(
         check(plan, folder, *rest)
 
     monkeypatch.setattr(convert, "check_written", flipped)
+    run = partial(converted, sources) if to == "megatron" else partial(megatron_to_hf, sources.run, run=QUICK)
     with pytest.raises(OutputError, match=r"Is the disk sound\? Convert again"):
-        if to == "megatron":
-            converted(sources, tmp_path / "target")
-        else:
-            megatron_to_hf(sources.run, tmp_path / "target", run=QUICK)
+        run(tmp_path / "target")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_shrank_is_caught_before_publishing(
     tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = convert.check_written
+    check = seal.check_written
 
     def shrunk(plan: Any, folder: Path, *rest: Any) -> None:
         os.truncate(folder / ITERATION / "__1_0.distcp", 1000)
@@ -710,7 +709,7 @@ def test_a_name_that_is_too_long(tmp_path: Path, sources: Sources) -> None:
 
 LINKS: dict[str, Callable[[Path], object]] = {
     "to a folder": lambda at: (at / "real").mkdir(),
-    "to a full folder": lambda at: ((at / "real").mkdir(), (at / "real" / "precious").write_bytes(b"x")),
+    "to a full folder": lambda at: (at / "real" / "precious").mkdir(parents=True),
     "to a file": lambda at: (at / "real").write_bytes(b"x"),
     "to nothing": lambda at: None,
 }
@@ -770,12 +769,9 @@ def test_overwrite_does_not_remove_the_source(case: tuple[str, str], tmp_path: P
     kind, where = case
     source = copied(sources.dense if kind == "hf" else sources.run, tmp_path / "parent" / "source")
     before = contents(tmp_path)
-    run = options(overwrite=True)
+    run = hf_to_megatron if kind == "hf" else megatron_to_hf
     with pytest.raises(UsageError, match="which is to be converted"):
-        if kind == "hf":
-            hf_to_megatron(source, source / where, run=run)
-        else:
-            megatron_to_hf(source, source / where, run=run)
+        run(source, source / where, run=options(overwrite=True))
     assert contents(tmp_path) == before
 
 

@@ -19,8 +19,8 @@ def huggingface_target(
 ) -> Target:
     """The layout of a folder with these tensors (name, dtype, shape), in this order.
 
-    `config` is the text of config.json, or the file to copy; `auxiliary` are copied as they are. `shard_of` is a source's
-    own split, taken over when its tensors are the same.
+    `config` is the text of config.json, or the file to copy; `auxiliary` are copied as they are. `shard_of` is a
+    source's own split, taken over when its tensors are the same.
     """
     files = plan_files(entries, max_shard_bytes, shard_of)
     tensors: dict[str, StoredTensor] = {}

@@ -1,4 +1,4 @@
-"""A torch_dist checkpoint as named tensors in files: headers and small objects are read, no data, nothing is executed."""
+"""A torch_dist checkpoint as named tensors in files: headers and small objects are read, nothing is executed."""
 
 import os
 import re
@@ -34,9 +34,9 @@ _FOREIGN = (
 class MegatronCheckpoint:
     """One iteration of a checkpoint. `tensors` are its weights, by their key on disk; what else there is is `ignored`.
 
-    `config` is a config.json as far as the checkpoint knows one, and `config_from` says from where; `config_error` is what
-    stands against the one that is there, and matters only where no other is given.
-    `auxiliary` are the files that travelled along. `notes` are what a user should know, a sentence each.
+    `config` is a config.json as far as the checkpoint knows one, and `config_from` says from where; `config_error` is
+    what stands against the one that is there, and matters only where no other is given. `auxiliary` are the files that
+    travelled along. `notes` are what a user should know, a sentence each.
     """
 
     folder: Path
@@ -116,8 +116,8 @@ def _asked(path: Path, found: list[str]) -> str:
         raise InputError(f"{path}: found {listing(found)} and no {TRACKER} to say which. Pass --iteration.")
     if not found:
         raise InputError(
-            f"{path}: is no Megatron checkpoint: expected .metadata, {TRACKER} or one iter_* folder, found none of them. "
-            f"Name the run folder or one of its iterations."
+            f"{path}: is no Megatron checkpoint: expected .metadata, {TRACKER} or one iter_* folder, "
+            f"found none of them. Name the run folder or one of its iterations."
         )
     return found[0]
 

@@ -1,4 +1,5 @@
-"""Which chunks a Megatron job writes, and which rank writes each: the grids and the placement of Megatron-Core's own saves.
+"""Which chunks a Megatron job writes, and which rank writes each: the grids and the placement of Megatron-Core's own
+saves.
 
 A tensor is stored as one chunk per layer, per expert, per half of a SwiGLU and per tensor parallel rank. Each chunk is
 written by one rank: the first that holds it, or, when several data-parallel ranks do, the one that Megatron-Core's
@@ -111,7 +112,9 @@ def held_bytes(
 
 
 def stage_of(name: str, layer: int | None, layers: int, layout: ParallelLayout) -> int:
-    """The pipeline stage that holds a parameter: vision and embedding first, norm and head last, layers by their number."""
+    """The pipeline stage that holds a parameter: vision and embedding first, norm and head last, layers by their
+    number.
+    """
     if layer is not None and name.startswith(STACKS["l"]):
         return layout.stages(layers)[layer]
     return 0 if name.startswith(_FIRST_STAGE) else layout.pp - 1

@@ -1,4 +1,5 @@
-"""What Megatron-Bridge and Megatron-LM want to know beside the weights, written from the sizes alone; and read back as data.
+"""What Megatron-Bridge and Megatron-LM want to know beside the weights, written from the sizes alone; and read back as
+data.
 
 Nothing here is ever instantiated: `_target_` entries are names for the reader on the other side.
 """
@@ -166,7 +167,9 @@ def _text(dims: Dims, dtype: str) -> dict[str, Any]:
 
 
 def config_of_run(run_config: dict[str, Any], where: str) -> dict[str, Any]:
-    """A config.json from a `run_config.yaml`, Megatron-Bridge's or ours. Raises `ConfigError` when it is of another model."""
+    """A config.json from a `run_config.yaml`, Megatron-Bridge's or ours. Raises `ConfigError` when it is of another
+    model.
+    """
     model = run_config.get("model")
     if not isinstance(model, dict) or not all(
         isinstance(model.get(k), dict) for k in ("vision_config", "hf_text_config")

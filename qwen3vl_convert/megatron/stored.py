@@ -1,8 +1,9 @@
 """How a Megatron parameter is called and shaped on disk, in the ways that Megatron-Core writes it.
 
-    stacked     language_model.decoder.layers.mlp.linear_fc1.weight    : l (* f) h      the default
-    per-layer   language_model.decoder.layers.3.mlp.linear_fc1.weight  : (* f) h        non_homogeneous_layers, moe_layer_freq
-    singleton   language_model.decoder.layers.3.mlp.linear_fc1.weight_w, _v : f h       singleton_local_shards (0.14 dev builds)
+    stacked     language_model.decoder.layers.mlp.linear_fc1.weight    : l (* f) h      the default per-layer
+    language_model.decoder.layers.3.mlp.linear_fc1.weight  : (* f) h        non_homogeneous_layers, moe_layer_freq
+    singleton   language_model.decoder.layers.3.mlp.linear_fc1.weight_w, _v : f h       singleton_local_shards (0.14
+    dev builds)
 
 Each style is a rewriting of the equation: an axis moves from the name into memory, or back. Nothing else changes.
 """

@@ -123,7 +123,9 @@ def _chunks(
 
 
 def _objects(parameters: list[Stored], sizes: Sizes, layout: ParallelLayout) -> Iterator[_Item]:
-    """`_extra_state` of every module that has one in Transformer Engine: strict loaders insist on them, None satisfies all."""
+    """`_extra_state` of every module that has one in Transformer Engine: strict loaders insist on them, None satisfies
+    all.
+    """
     empty = object_blob([None])
     for one in parameters:
         name = one.equation.megatron.name

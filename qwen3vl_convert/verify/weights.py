@@ -1,7 +1,8 @@
-"""Are a Hugging Face folder and a Megatron checkpoint the same weights? Every element of both, read from disk, bit for bit.
+"""Are a Hugging Face folder and a Megatron checkpoint the same weights? Every element of both, read from disk, bit for
+bit.
 
-No model is built. Both sides are aligned by the equations; a piece of a HF tensor is put together from the Megatron chunks
-and compared with the bytes that the folder has.
+No model is built. Both sides are aligned by the equations; a piece of a HF tensor is put together from the Megatron
+chunks and compared with the bytes that the folder has.
 """
 
 import threading

@@ -83,13 +83,13 @@ def test_a_malformed_layout_is_refused(text: str, reason: str) -> None:
         ("(kv d) h", (8, 5), {"kv": 2, "d": 4, "h": 5}, {}),
     ],
 )
-def test_shapes_tell_sizes(
-    layout: str, shape: tuple[int, ...], known: dict[str, int], solved: dict[str, int]
-) -> None:
+def test_shapes_tell_sizes(layout: str, shape: tuple[int, ...], known: dict[str, int], solved: dict[str, int]) -> None:
     assert Layout(layout).solve(shape, known, "x") == solved
 
 
-@pytest.mark.parametrize(("shape", "known"), [((6,), {}), ((7, 5), {"kv": 2, "g": 3}), ((8, 6), {"kv": 2, "d": 4, "h": 5})])
+@pytest.mark.parametrize(
+    ("shape", "known"), [((6,), {}), ((7, 5), {"kv": 2, "g": 3}), ((8, 6), {"kv": 2, "d": 4, "h": 5})]
+)
 def test_shapes_that_contradict_sizes_are_refused(shape: tuple[int, ...], known: dict[str, int]) -> None:
     layout = "(kv d) h" if "d" in known else "(kv g d) h"
     with pytest.raises(MisshapenTensor, match="a.weight: expected"):
@@ -125,11 +125,7 @@ def test_clip_is_exact_and_disjoint(data: st.DataObject) -> None:
     view = data.draw(views())
     offsets, sizes = data.draw(boxes(view.shape))
     clipped = [at for ranges in view.clip(offsets, sizes) for at in positions(view.narrowed(ranges))]
-    inside = [
-        at
-        for at in positions(view)
-        if all(o <= i < o + s for i, o, s in zip(at, offsets, sizes, strict=True))
-    ]
+    inside = [at for at in positions(view) if all(o <= i < o + s for i, o, s in zip(at, offsets, sizes, strict=True))]
     assert sorted(clipped) == sorted(inside)
 
 

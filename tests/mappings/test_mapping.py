@@ -1,4 +1,6 @@
-"""The named equations, against the sums that Megatron's and transformers' sources spell out, on odd and on square sizes."""
+"""The named equations, against the sums that Megatron's and transformers' sources spell out, on odd and on square
+sizes.
+"""
 
 import pytest
 import torch
@@ -122,12 +124,28 @@ def test_bits_survive() -> None:
     ("ported", "written"),
     [
         (
-            QKVMapping("language_model.decoder.layers.*.a.weight", q="model.language_model.layers.*.q.weight", k="model.language_model.layers.*.k.weight", v="model.language_model.layers.*.v.weight"),  # noqa: E501
-            QKVMapping("language_model.decoder.layers.{l}.a.weight", q="model.language_model.layers.{l}.q.weight", k="model.language_model.layers.{l}.k.weight", v="model.language_model.layers.{l}.v.weight"),  # noqa: E501
+            QKVMapping(
+                "language_model.decoder.layers.*.a.weight",
+                q="model.language_model.layers.*.q.weight",
+                k="model.language_model.layers.*.k.weight",
+                v="model.language_model.layers.*.v.weight",
+            ),
+            QKVMapping(
+                "language_model.decoder.layers.{l}.a.weight",
+                q="model.language_model.layers.{l}.q.weight",
+                k="model.language_model.layers.{l}.k.weight",
+                v="model.language_model.layers.{l}.v.weight",
+            ),
         ),
         (
-            ExpertMLPDownProjMapping("language_model.decoder.layers.*.mlp.experts.linear_fc2.weight*", "model.language_model.layers.*.mlp.experts.down_proj"),  # noqa: E501
-            ExpertMLPDownProjMapping("language_model.decoder.layers.{l}.mlp.experts.linear_fc2.weight{e}", "model.language_model.layers.{l}.mlp.experts.down_proj"),  # noqa: E501
+            ExpertMLPDownProjMapping(
+                "language_model.decoder.layers.*.mlp.experts.linear_fc2.weight*",
+                "model.language_model.layers.*.mlp.experts.down_proj",
+            ),
+            ExpertMLPDownProjMapping(
+                "language_model.decoder.layers.{l}.mlp.experts.linear_fc2.weight{e}",
+                "model.language_model.layers.{l}.mlp.experts.down_proj",
+            ),
         ),
         (
             ReplicatedMapping("vision_model.decoder.layers.*.norm.weight", "model.visual.blocks.*.norm.weight"),
@@ -160,7 +178,11 @@ def test_a_wrong_mapping_is_refused_when_declared(declare: object, reason: str) 
 @pytest.mark.parametrize(
     ("call", "error", "reason"),
     [
-        (lambda: QKV.hf_to_megatron({"q": random(4, 2), "k": random(2, 2), "v": random(2, 2)}), UsageError, "needs the size of"),
+        (
+            lambda: QKV.hf_to_megatron({"q": random(4, 2), "k": random(2, 2), "v": random(2, 2)}),
+            UsageError,
+            "needs the size of",
+        ),
         (lambda: QKV.hf_to_megatron({"q": random(4, 2)}), UsageError, "expected the tensors q, k, v"),
         (lambda: GATED.hf_to_megatron({"gate": random(4, 2), "up": random(4, 3)}), MisshapenTensor, "a.up.weight"),
         (lambda: GATED.megatron_to_hf(random(5, 2)), MisshapenTensor, "a.linear_fc1.weight"),

@@ -1,7 +1,8 @@
 """Megatron-Core itself loads what we write, at layouts other than the one written, and we read what it saves.
 
-Judge of the first is `reference.expected_megatron` of the source as the safetensors library reads it, of the second the
-tensors that Megatron-Core's own modules held. The harness covers the text decoder: vision comes from a checkpoint of ours.
+Judge of the first is `reference.expected_megatron` of the source as the safetensors library reads it, of the second
+the tensors that Megatron-Core's own modules held. The harness covers the text decoder: vision comes from a checkpoint
+of ours.
 """
 
 import pickle
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import HF, expected_megatron, load_huggingface, load_megatron
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -23,6 +23,7 @@ from oracles.megatron_world import Keys, Load, Save, Sizes, World, assemble, dif
 from qwen3vl_convert import Dims, ParallelLayout, RunOptions, hf_to_megatron, make_checkpoint, megatron_to_hf
 from qwen3vl_convert.make import SIZES
 from qwen3vl_convert.verify import verify
+from reference import HF, expected_megatron, load_huggingface, load_megatron
 
 pytestmark = pytest.mark.megatron
 
@@ -48,6 +49,7 @@ MODELS = {
     "square-down": SQUARE_DOWN,
 }
 TEXT = "language_model."
+STACKED = Keys()
 
 
 def sizes_of(dims: Dims, vocab: int | None = None) -> Sizes:
@@ -133,9 +135,7 @@ def written(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("world", "names"), WORLDS.items(), ids=map(str, WORLDS))
-def test_megatron_core_loads_what_we_write(
-    world: World, names: Iterable[str], sources: Path, written: Path
-) -> None:
+def test_megatron_core_loads_what_we_write(world: World, names: Iterable[str], sources: Path, written: Path) -> None:
     """Strictly, at every other layout: every parameter of its modules holds what the source says, bit for bit."""
     jobs = [
         Load(written / name / "iter_0000000", sizes_of(MODELS[WRITTEN[name].model], WRITTEN[name].vocab))
@@ -160,7 +160,7 @@ def test_no_more_and_no_less_is_stored(name: str, sources: Path, written: Path) 
 
 
 def test_common_pt_is_what_releases_before_0_19_need(sources: Path, tmp_path: Path) -> None:
-    """Why the default has it beside the common state that 0.19 writes; which of the two 0.19 finds is all the same to it."""
+    """Why the default has it beside the common state that 0.19 writes. 0.19 takes either."""
     hf_to_megatron(sources / "dense", tmp_path / "new", megatron_core="0.19", run=RUN)
     hf_to_megatron(sources / "dense", tmp_path / "old", megatron_core="0.16", run=RUN)
     new, old = (Load(tmp_path / name / "iter_0000000") for name in ("new", "old"))
@@ -186,11 +186,11 @@ def test_a_wrong_weight_is_seen(sources: Path, written: Path) -> None:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint of Megatron-Core's: the model, who saves it and how; `config`: the file that says the model's sizes."""
+    """A checkpoint of Megatron-Core's: the model, who saves it and how; `config`: the file that says its sizes."""
 
     model: str
     world: World
-    keys: Keys = Keys()
+    keys: Keys = STACKED
     vocab: int | None = None
     extras: bool = False
     config: str = "hf/config.json"
@@ -251,7 +251,7 @@ class Saver:
 
 
 def add_vision(text: Path, ours: Path, config: str) -> None:
-    """Complete a text decoder of Megatron-Core's with the vision tower of a checkpoint of ours, as one saved by one job.
+    """Complete a text decoder of Megatron-Core's with the vision tower of a checkpoint of ours, as if saved together.
 
     Its `.metadata` stays the pickle that Megatron-Core wrote, with entries added.
     """

@@ -26,10 +26,10 @@ print("FOUND" + json.dumps({k: v for k, v in vars(found).items() if k not in ask
 
 
 def has_megatron_lm() -> bool:
-    return importlib.util.find_spec("megatron") is not None and importlib.util.find_spec("megatron.training") is not None
+    return all(importlib.util.find_spec(name) is not None for name in ("megatron", "megatron.training"))
 
 
-@pytest.mark.skipif(not has_megatron_lm(), reason="megatron.training is in the wheels of megatron-core 0.19 and later only")
+@pytest.mark.skipif(not has_megatron_lm(), reason="megatron.training comes with megatron-core 0.19 and later")
 @pytest.mark.parametrize("iteration", [0, "release"])
 def test_use_checkpoint_args(iteration: int | str, tmp_path: Path) -> None:
     """`--load FOLDER --use-checkpoint-args --use-mp-args-from-checkpoint-args` finds the model's sizes."""

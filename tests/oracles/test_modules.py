@@ -1,8 +1,8 @@
 """Megatron-Core's own modules, on what the equations give them, compute what the Hugging Face weights say.
 
-A wrong equation that is invertible passes every round trip. Here it cannot: real `SelfAttention` and `MLP` modules hold the
-weights, and what they compute is compared with the Hugging Face formula in float64. Each test has its control: a wrong
-equation that the same comparison must refuse.
+A wrong equation that is invertible passes every round trip. Here it cannot: real `SelfAttention` and `MLP` modules hold
+the weights, and what they compute is compared with the Hugging Face formula in float64. Each test has its control: a
+wrong equation that the same comparison must refuse.
 """
 
 import warnings
@@ -57,7 +57,7 @@ def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with warnings.catch_warnings():
         # At import: "Transformer Engine / Apex is not installed", and old spellings of torch's in Megatron-Core.
         warnings.simplefilter("ignore")
-        import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
+        import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.transformer.mlp  # noqa: F401
 
     with cpu_for_cuda(), parallel(World(), 0, tmp_path_factory.mktemp("store") / "store"):
@@ -137,7 +137,7 @@ def megatron_qkv(heads: Heads, weight: Tensor, bias: Tensor | None, x_SBH: Tenso
 
 def per_head(x_SBH: Tensor, projection: Tensor, d: int) -> Tensor:
     """transformers' Qwen3VLTextAttention: `q_proj(x).view(*shape, -1, head_dim)`."""
-    return (x_SBH @ projection.T).unflatten(-1, (-1, d))
+    return (x_SBH @ projection.T).view(*x_SBH.shape[:2], -1, d)
 
 
 def separate(heads: Heads) -> Weights:
@@ -202,7 +202,7 @@ def test_attention_of_a_tensor_parallel_rank(tp: int) -> None:
 
 def vision_qkv(weight: Tensor, bias: Tensor, x_SBH: Tensor, heads: int) -> tuple[Tensor, ...]:
     """transformers' Qwen3VLVisionAttention: `qkv(x).reshape(seq, 3, heads, -1).unbind`."""
-    return (x_SBH @ weight.T + bias).unflatten(-1, (3, heads, -1)).unbind(2)
+    return (x_SBH @ weight.T + bias).view(*x_SBH.shape[:2], 3, heads, -1).unbind(2)
 
 
 @pytest.mark.parametrize("heads", [Heads(4, 1, 16, 64), Heads(3, 1, 5, 15), Heads(3, 1, 3, 9)], ids=str)
@@ -213,7 +213,9 @@ def test_vision_attention(heads: Heads) -> None:
     expected = vision_qkv(weight, bias, x_SBH, heads.kv)
     sizes = {"n": heads.kv, "vd": heads.d, "v": heads.h}
     ours = {
-        kind: ConcatenatedQKVMapping(f"{VISION_QKV}.{kind}", f"{THEIR_VISION_QKV}.{kind}").hf_to_megatron(t, sizes=sizes)
+        kind: ConcatenatedQKVMapping(f"{VISION_QKV}.{kind}", f"{THEIR_VISION_QKV}.{kind}").hf_to_megatron(
+            t, sizes=sizes
+        )
         for kind, t in (("weight", weight), ("bias", bias))
     }
     found = megatron_qkv(heads, ours["weight"], ours["bias"], x_SBH)
@@ -241,6 +243,7 @@ def megatron_mlp(fc1: Tensor, fc2: Tensor, x_SBH: Tensor) -> Tensor:
     mlp.load_state_dict({"linear_fc1.weight": fc1, "linear_fc2.weight": fc2}, strict=False)  # no _extra_state
     out, bias = mlp(x_SBH)
     assert bias is None
+    assert isinstance(out, Tensor)
     return out
 
 
@@ -266,7 +269,8 @@ def test_gated_mlp(h: int, f: int) -> None:
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_gated_mlp_of_tensor_parallel_ranks(tp: int) -> None:
-    """A rank's linear_fc1 is its gate rows above its up rows: so the chunks lie, and so the ranks' sums are the whole."""
+    """A rank's linear_fc1 is its gate rows above its up rows: so the chunks lie, and so the ranks add up to the whole.
+    """
     h, f = 6, 8
     gate, up, down, x_SBH = random(f, h), random(f, h), random(h, f), random(3, 2, h)
     mapping = GatedMLPMapping(FC1, gate=GATE, up=UP)
@@ -318,11 +322,10 @@ def expert_weights(layout: str, gate_EIH: Tensor, up_EIH: Tensor, down_EHI: Tens
 
 
 def megatron_expert(layout: str, given: tuple[Any, Any], e: int) -> tuple[Tensor, Tensor]:
-    """linear_fc1 and linear_fc2 of an expert, in the one way that all of Megatron-Core's expert modules compute with."""
-    place = {"e": e}
+    """linear_fc1 and linear_fc2 of an expert, which computes with them as a dense MLP does."""
     return (
-        ExpertMLPGateUpProjMapping(EXPERT_FC1, GATE_UP, layout).hf_to_megatron(given[0], **place),
-        ExpertMLPDownProjMapping(EXPERT_FC2, DOWN, layout).hf_to_megatron(given[1], **place),
+        ExpertMLPGateUpProjMapping(EXPERT_FC1, GATE_UP, layout).hf_to_megatron(given[0], e=e),
+        ExpertMLPDownProjMapping(EXPERT_FC2, DOWN, layout).hf_to_megatron(given[1], e=e),
     )
 
 

@@ -1,4 +1,6 @@
-"""`run_config.yaml` against those that Megatron-Bridge wrote for the same models: every key it knows, every value it has."""
+"""`run_config.yaml` against those that Megatron-Bridge wrote for the same models: every key it knows, every value it
+has.
+"""
 
 from pathlib import Path
 from typing import Any
