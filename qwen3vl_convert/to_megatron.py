@@ -28,6 +28,7 @@ def plan_hf_to_megatron(
 ) -> Conversion:
     """Plan `hf_to_megatron`: reads headers only. `padding` is (padded vocabulary, its divisor), at most one of them."""
     opened = open_huggingface(source.folder, experts_layout, headless)
+    options = replace(options, hf_model_id=source.repo, hf_model_revision=source.revision)
     model = replace(opened.model, sizes={**opened.model.sizes, "padded_vocab": _padded(opened.model.dims, *padding)})
     options.layout.validate(model.dims, model.padded_vocab)
     parameters = [one for equation in model.equations for one in stored(equation)]

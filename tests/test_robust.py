@@ -36,6 +36,8 @@ from qwen3vl_convert.fill import Filler, Key
 from qwen3vl_convert.huggingface.hub import Resolved
 from qwen3vl_convert.make import make_checkpoint
 from qwen3vl_convert.megatron.target import MegatronOptions
+from qwen3vl_convert.to_huggingface import plan_megatron_to_hf
+from qwen3vl_convert.to_megatron import plan_hf_to_megatron
 
 LAYERS = replace(DENSE, layers=4)
 EXPERTS = replace(MOE, layers=4)
@@ -456,7 +458,7 @@ FULL: dict[str, tuple[Any, str, int]] = {
     "while filling": (os, "pwrite", 350),
     "while noting what is done": (seal.Staging, "finished", 10),
     "while copying the auxiliary files": (shutil, "copyfile", 0),
-    "while writing the manifest": (convert, "_manifest", 0),
+    "while writing the manifest": (Path, "write_text", 1),
     "while syncing": (os, "fsync", 4),
 }
 
@@ -578,11 +580,11 @@ def test_a_source_that_is_damaged_after_planning(
     damage, error = change
     if to == "megatron":
         source = copied(sources.dense, tmp_path / "source")
-        planned = convert.plan_hf_to_megatron(Resolved(source, None, None), MegatronOptions(LAYOUT))
+        planned = plan_hf_to_megatron(Resolved(source, None, None), MegatronOptions(LAYOUT))
         file = source / SINGLE
     else:
         source = copied(sources.run, tmp_path / "source")
-        planned = convert.plan_megatron_to_hf(source)
+        planned = plan_megatron_to_hf(source)
         file = source / ITERATION / "__2_0.distcp"
     damage(file)
     with pytest.raises(error, match=file.name):

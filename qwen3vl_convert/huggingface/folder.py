@@ -69,7 +69,7 @@ def read_folder(path: Path) -> HuggingFaceCheckpoint:
     prefix = naming_of(entries, str(path))
     tensors = {}
     for name, (file, entry) in entries.items():
-        tensors[canonical(name, prefix)] = _stored(canonical(name, prefix), file, entry)
+        tensors[canonical(name)] = _stored(canonical(name), file, entry)
     return HuggingFaceCheckpoint(
         folder=path,
         config=config,

@@ -105,9 +105,9 @@ def naming_of(names: Iterable[str], where: str) -> str:
     return HUB if hub else BASE_MODEL
 
 
-def canonical(name: str, naming: str) -> str:
+def canonical(name: str) -> str:
     """The hub's name of a tensor. What is outside the model (`lm_head.weight`, a user's own) is named alike."""
-    return f"model.{name}" if naming == BASE_MODEL and name.startswith(_BASE_PREFIXES) else name
+    return f"model.{name}" if name.startswith(_BASE_PREFIXES) else name
 
 
 def _claimed_name(key: str, claim: Any) -> str:

@@ -25,11 +25,15 @@ def _torch(name: str) -> dict[str, Any]:
     return {"_target_": f"torch.{name}", "_call_": False}
 
 
-def run_config_yaml(dims: Dims, sizes: Sizes, layout: ParallelLayout, dtype: str) -> bytes:
-    """The `run_config.yaml` with which Megatron-Bridge loads the checkpoint."""
+def run_config_yaml(
+    dims: Dims, sizes: Sizes, layout: ParallelLayout, dtype: str, origin: tuple[str | None, str | None] = (None, None)
+) -> bytes:
+    """The `run_config.yaml` with which Megatron-Bridge loads the checkpoint; `origin` is a Hub id and its commit."""
+    known = {"hf_model_id": origin[0], "hf_model_revision": origin[1]} if origin[0] else {}
+    model = {**_model(dims, sizes, dtype), **_parallel(layout), **(_experts(dims) if dims.moe else {}), **known}
     config = {
         "checkpoint": {"save_optim": False, "save_rng": False, "fully_parallel_save": True},
-        "model": {**_model(dims, sizes, dtype), **_parallel(layout), **(_experts(dims) if dims.moe else {})},
+        "model": model,
     }
     return yaml.safe_dump(config, sort_keys=True).encode()
 
@@ -48,7 +52,7 @@ def _model(dims: Dims, sizes: Sizes, dtype: str) -> dict[str, Any]:
         "should_pad_vocab": False,
         "seq_length": dims.max_positions,
         "layernorm_epsilon": dims.rms_eps,
-        "rotary_base": dims.rope_theta,
+        "rotary_base": _plain_number(dims.rope_theta),
         "position_embedding_type": "mrope",
         "mrope_section": list(dims.mrope_section),
         "normalization": "RMSNorm",
@@ -73,6 +77,11 @@ def _model(dims: Dims, sizes: Sizes, dtype: str) -> dict[str, Any]:
         "vision_config": _vision(dims, dtype),
         "hf_text_config": _text(dims, dtype),
     }
+
+
+def _plain_number(value: float) -> int | float:
+    """5000000 rather than 5000000.0, as configs have it."""
+    return int(value) if value.is_integer() else value
 
 
 def _listed(token: int | tuple[int, ...] | None) -> int | list[int] | None:
@@ -157,7 +166,7 @@ def _text(dims: Dims, dtype: str) -> dict[str, Any]:
         "eos_token_id": _listed(dims.eos_token_id),
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": dims.rope_theta,
+            "rope_theta": _plain_number(dims.rope_theta),
             "mrope_section": list(dims.mrope_section),
             "mrope_interleaved": True,
         },

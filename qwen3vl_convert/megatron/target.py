@@ -44,12 +44,15 @@ class MegatronOptions:
     """What of a written checkpoint is a choice.
 
     `megatron_core`: "0.16" (up to 0.18: `common.pt`), "0.19" (from there on: `common_state`) or "any", which both read.
-    `iteration`: a number, or "release" for Megatron-LM.
+    `iteration`: a number, or "release" for Megatron-LM. `hf_model_id`, `hf_model_revision`: where on the Hub the model
+    is from, which Megatron-Bridge wants to know.
     """
 
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     megatron_core: str = "any"
     iteration: int | str = 0
+    hf_model_id: str | None = None
+    hf_model_revision: str | None = None
 
     def __post_init__(self) -> None:
         if self.megatron_core not in MEGATRON_CORE:
@@ -210,10 +213,15 @@ def _small_files(
     step = 0 if options.iteration == "release" else int(options.iteration)
     files = {
         "latest_checkpointed_iteration.txt": str(options.iteration).encode(),
-        "latest_train_state.pt": object_blob(train_state(step)),
         f"{options.folder}/train_state.pt": object_blob(train_state(step)),
-        f"{options.folder}/run_config.yaml": run_config_yaml(dims, sizes, options.layout, _dtype(dtype_of)),
+        f"{options.folder}/run_config.yaml": run_config_yaml(
+            dims, sizes, options.layout, _dtype(dtype_of), (options.hf_model_id, options.hf_model_revision)
+        ),
     }
+    if (
+        options.iteration != "release"
+    ):  # Megatron-Bridge takes its step for the folder's name, before the tracker's word
+        files["latest_train_state.pt"] = object_blob(train_state(step))
     if options.megatron_core != "0.19":
         backend |= {"common_backend": "torch", "common_backend_version": 1}
         files[f"{options.folder}/common.pt"] = object_blob(state)

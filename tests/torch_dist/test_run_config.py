@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from qwen3vl_convert import RunOptions, hf_to_megatron, make_checkpoint
 from qwen3vl_convert.dims import Dims, read_config
 from qwen3vl_convert.megatron.run_config import config_of_run, read_run_config, run_config_yaml
 from qwen3vl_convert.parallel import ParallelLayout
@@ -47,6 +48,23 @@ def test_keys_and_values_are_megatron_bridges(name: str, golden_huggingface: Pat
         assert key in known, f"Megatron-Bridge's provider has no {key}"
         assert known[key] == value or key in ON_PURPOSE, key
     assert Dims.from_config(config_of_run(ours, "ours")) == Dims.from_config(config_of_run(theirs, "theirs"))
+
+
+def test_a_hub_source_is_named(golden_huggingface: Path) -> None:
+    """Megatron-Bridge looks for the tokenizer there; a local folder is nobody else's business."""
+    dims = Dims.from_config(read_config(golden_huggingface / "dense"))
+    for origin, expected in ((("org/name", "abc"), ("org/name", "abc")), ((None, None), (None, None))):
+        model = yaml.safe_load(run_config_yaml(dims, dims.sizes(), ParallelLayout(), "bfloat16", origin))["model"]
+        assert (model.get("hf_model_id"), model.get("hf_model_revision")) == expected
+
+
+@pytest.mark.parametrize(("iteration", "expected"), [(0, True), (7, True), ("release", False)])
+def test_the_train_state_does_not_lead_a_trainer_astray(iteration: int | str, expected: bool, tmp_path: Path) -> None:
+    """Megatron-Bridge opens iter_<step of latest_train_state.pt>, which a release does not have."""
+    make_checkpoint(tmp_path / "hf", "tiny", layers=1)
+    hf_to_megatron(tmp_path / "hf", tmp_path / "m", iteration=iteration, run=RunOptions(fsync=False))
+    assert (tmp_path / "m" / "latest_train_state.pt").exists() is expected
+    assert (tmp_path / "m" / "latest_checkpointed_iteration.txt").read_text() == str(iteration)
 
 
 def test_sizes_survive(golden_huggingface: Path) -> None:
