@@ -215,6 +215,13 @@ def test_quiet(pair: Pair, tmp_path: Path) -> None:
         assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize("name", ["hf-to-megatron", "verify"])
+def test_quiet_work_that_takes_long(name: str, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_LINE_EVERY", 0.0)
+    second = tmp_path / "run" if name == "hf-to-megatron" else pair.dense_run
+    assert invoke(name, pair.dense, second, "--quiet").output == ""
+
+
 def test_quiet_errors_are_said(pair: Pair, tmp_path: Path) -> None:
     run = command("hf-to-megatron", pair.dense, tmp_path / "run", "--tp", 3, "--quiet")
     assert run.returncode == 2

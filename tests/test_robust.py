@@ -286,14 +286,17 @@ def test_resume_of_another_conversion_begins_anew(
     check_alone(target, contents(tmp_path / "anew"))
 
 
-def test_resume_with_another_config_takes_that_config(tmp_path: Path, sources: Sources) -> None:
-    """What --config gives is as long as what it replaces, and part of the output all the same."""
+@pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])
+def test_resume_with_another_config_takes_that_config(spelling: str, tmp_path: Path, sources: Sources) -> None:
+    """A config.json is copied, or written anew where its spelling is old; another one of equal length is another one."""
     reference = copied(sources.dense, tmp_path / "reference")
+    edit_config(lambda c: c["text_config"].update({spelling: c["text_config"].pop("dtype")}))(reference)
     with pytest.raises(KeyboardInterrupt):
         megatron_to_hf(sources.run, tmp_path / "target", config=reference, run=QUICK, report=stop_after(20))
-    edit_config(lambda c: (c.update(image_token_id=80), c["text_config"].pop("bos_token_id")))(reference)
+    edit_config(lambda c: c.update(image_token_id=80))(reference)
     megatron_to_hf(sources.run, tmp_path / "anew", config=reference, run=QUICK)
     megatron_to_hf(sources.run, tmp_path / "target", config=reference, run=options(resume=True))
+    assert json.loads((tmp_path / "target" / "config.json").read_text())["image_token_id"] == 80
     assert contents(tmp_path / "target") == contents(tmp_path / "anew")
 
 
@@ -374,17 +377,21 @@ main()
 """The command line, at a speed at which it can be met in the midst of its work."""
 
 
-def signalled(sources: Sources, target: Path, number: signal.Signals) -> tuple[int, str]:
-    """Exit code and stderr of a run that gets a signal when it has finished a few chunks."""
-    arguments = ("hf-to-megatron", sources.dense, target, "--tp", 2, "--pp", 2, "--no-fsync")
-    process = subprocess.Popen(
-        command_line(*arguments, program=SLOW), stderr=subprocess.PIPE, text=True, env=user_environment()
-    )
+def slow_run(source: Path, target: Path) -> "subprocess.Popen[str]":
+    """A run that has finished a few chunks and is at work."""
+    line = command_line("hf-to-megatron", source, target, "--tp", 2, "--pp", 2, "--no-fsync", program=SLOW)
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=user_environment())
     deadline = time.monotonic() + 60
     while not (staging_of(target) / "journal").exists() or len(journal_of(target)) < 5:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    return process
+
+
+def signalled(sources: Sources, target: Path, number: signal.Signals) -> tuple[int, str]:
+    """Exit code and stderr of a run that gets a signal in the midst of its work."""
+    process = slow_run(sources.dense, target)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     return process.returncode, said
@@ -590,6 +597,17 @@ def test_a_source_that_is_damaged_after_planning(
     with pytest.raises(error, match=file.name):
         convert.carry_out(planned, tmp_path / "target", QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_source_that_is_cut_short_while_it_is_read(tmp_path: Path, sources: Sources) -> None:
+    """An error, or SIGBUS where the file was mapped at that very moment: in no case a target."""
+    source = copied(sources.dense, tmp_path / "source")
+    process = slow_run(source, tmp_path / "out" / "target")
+    os.truncate(source / SINGLE, 100)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (3, -signal.SIGBUS)
+    assert process.returncode != 3 or f"{SINGLE}: " in said
+    assert not (tmp_path / "out" / "target").exists()
 
 
 WHILE_READ: dict[str, Callable[[Path], object]] = {

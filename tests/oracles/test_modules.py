@@ -6,7 +6,7 @@ wrong equation that the same comparison must refuse.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +37,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning:megatron"),
 ]
 
-QKV = "language_model.decoder.layers.*.self_attention.linear_qkv.weight"
-Q, K, V = (f"model.language_model.layers.*.self_attn.{x}_proj.weight" for x in "qkv")
-FC1 = "language_model.decoder.layers.*.mlp.linear_fc1.weight"
-GATE, UP = (f"model.language_model.layers.*.mlp.{x}_proj.weight" for x in ("gate", "up"))
+QKV = "language_model.decoder.layers.{l}.self_attention.linear_qkv.weight"
+Q, K, V = (f"model.language_model.layers.{{l}}.self_attn.{x}_proj.weight" for x in "qkv")
+FC1 = "language_model.decoder.layers.{l}.mlp.linear_fc1.weight"
+GATE, UP = (f"model.language_model.layers.{{l}}.mlp.{x}_proj.weight" for x in ("gate", "up"))
 EXPERT_FC1 = "language_model.decoder.layers.*.mlp.experts.linear_fc1.weight*"
 EXPERT_FC2 = "language_model.decoder.layers.*.mlp.experts.linear_fc2.weight*"
 GATE_UP, DOWN = (f"model.language_model.layers.*.mlp.experts.{x}_proj" for x in ("gate_up", "down"))
 VISION_QKV = "vision_model.decoder.layers.*.self_attention.linear_qkv"
 THEIR_VISION_QKV = "model.visual.blocks.*.attn.qkv"
+
+QKV_MAPPING = QKVMapping(QKV, q=Q, k=K, v=V)
+FC1_MAPPING = GatedMLPMapping(FC1, gate=GATE, up=UP)
 
 Weights = dict[str, Tensor]
 Box = tuple[slice, ...]
@@ -90,6 +93,12 @@ def layer_of(**sizes: Any) -> Any:
         **sizes,
     )
     return build_module(get_gpt_layer_local_spec(normalization="RMSNorm"), config=config, layer_number=1)
+
+
+def made_of(mapping: Mapping, weights: Weights, sizes: dict[str, int] | None = None) -> Tensor:
+    """The Megatron parameter; each HF tensor is found by the name that the equation itself has for it."""
+    parts = zip(mapping.parts, mapping.equation.hf, strict=True)
+    return mapping.hf_to_megatron({part: weights[term.name] for part, term in parts}, sizes=sizes)
 
 
 def close(one: Tensor, other: Tensor) -> bool:
@@ -142,7 +151,7 @@ def per_head(x_SBH: Tensor, projection: Tensor, d: int) -> Tensor:
 
 def separate(heads: Heads) -> Weights:
     rows = heads.kv * heads.d
-    return {"q": random(heads.g * rows, heads.h), "k": random(rows, heads.h), "v": random(rows, heads.h)}
+    return {Q: random(heads.g * rows, heads.h), K: random(rows, heads.h), V: random(rows, heads.h)}
 
 
 def sizes_of(heads: Heads) -> dict[str, int]:
@@ -153,26 +162,17 @@ def sizes_of(heads: Heads) -> dict[str, int]:
 def test_self_attention(heads: Heads) -> None:
     """Query head i attends with key and value head i // g, and all are those of Hugging Face, in their order."""
     weights, x_SBH = separate(heads), random(5, 2, heads.h)
-    fused = QKVMapping(QKV, q=Q, k=K, v=V).hf_to_megatron(weights, sizes=sizes_of(heads))
+    fused = made_of(QKV_MAPPING, weights, sizes_of(heads))
     found = megatron_qkv(heads, fused, None, x_SBH)
-    for name, ours in zip("qkv", found, strict=True):
+    for name, ours in zip((Q, K, V), found, strict=True):
         assert close(ours, per_head(x_SBH, weights[name], heads.d)), name
 
 
-def wrong_axes(q: str = Q, fused: str = QKV) -> Callable[[Weights, Heads], Tensor]:
-    return lambda weights, heads: QKVMapping(fused, q=q, k=K, v=V).hf_to_megatron(weights, sizes=sizes_of(heads))
-
-
-def key_for_value(weights: Weights, heads: Heads) -> Tensor:
-    swapped = {"q": weights["q"], "k": weights["v"], "v": weights["k"]}
-    return QKVMapping(QKV, q=Q, k=K, v=V).hf_to_megatron(swapped, sizes=sizes_of(heads))
-
-
-WRONG_QKV: dict[str, Callable[[Weights, Heads], Tensor]] = {
-    "(g kv d)": wrong_axes(q=f"{Q} : (g kv d) h"),
-    "(kv d g)": wrong_axes(q=f"{Q} : (kv d g) h"),
-    "(* kv d)": wrong_axes(fused=f"{QKV} : (* kv d) h"),
-    "k for v": key_for_value,
+WRONG_QKV = {
+    "(g kv d)": QKVMapping(QKV, q=f"{Q} : (g kv d) h", k=K, v=V),
+    "(kv d g)": QKVMapping(QKV, q=f"{Q} : (kv d g) h", k=K, v=V),
+    "(* kv d)": QKVMapping(f"{QKV} : (* kv d) h", q=Q, k=K, v=V),
+    "k for v": QKVMapping(QKV, q=Q, k=V, v=K),
 }
 """Bijections all of them: there and back is bit for bit, and not what Megatron-Core means."""
 
@@ -181,8 +181,9 @@ WRONG_QKV: dict[str, Callable[[Weights, Heads], Tensor]] = {
 @pytest.mark.parametrize("heads", [SQUARE, ODD], ids=str)
 def test_a_wrong_attention_is_seen(wrong: str, heads: Heads) -> None:
     weights, x_SBH = separate(heads), random(5, 2, heads.h)
-    found = megatron_qkv(heads, WRONG_QKV[wrong](weights, heads), None, x_SBH)
-    assert not all(close(ours, per_head(x_SBH, weights[n], heads.d)) for n, ours in zip("qkv", found, strict=True))
+    fused = made_of(WRONG_QKV[wrong], weights, sizes_of(heads))
+    found = megatron_qkv(heads, fused, None, x_SBH)
+    assert not all(close(ours, per_head(x_SBH, weights[n], heads.d)) for n, ours in zip((Q, K, V), found, strict=True))
 
 
 @pytest.mark.parametrize("tp", [2, 3])
@@ -190,12 +191,11 @@ def test_attention_of_a_tensor_parallel_rank(tp: int) -> None:
     """The rows that are stored for a rank are whole groups: those whose query heads it computes."""
     heads = Heads(kv=6, g=2, d=5, h=8)
     weights, x_SBH = separate(heads), random(3, 1, heads.h)
-    mapping = QKVMapping(QKV, q=Q, k=K, v=V)
-    fused = mapping.hf_to_megatron(weights, sizes=sizes_of(heads))
+    fused = made_of(QKV_MAPPING, weights, sizes_of(heads))
     local = Heads(heads.kv // tp, heads.g, heads.d, heads.h)
-    for rank, box in enumerate(boxes(mapping, sizes_of(heads), ParallelLayout(tp=tp))):
+    for rank, box in enumerate(boxes(QKV_MAPPING, sizes_of(heads), ParallelLayout(tp=tp))):
         found = megatron_qkv(local, fused[box], None, x_SBH)
-        for name, ours in zip("qkv", found, strict=True):
+        for name, ours in zip((Q, K, V), found, strict=True):
             whole = per_head(x_SBH, weights[name], heads.d)
             assert close(ours, whole.chunk(tp, dim=2)[rank]), (name, rank)
 
@@ -257,25 +257,23 @@ def test_gated_mlp(h: int, f: int) -> None:
     """The control swaps gate and up, and weaves their rows."""
     gate, up, down, x_SBH = random(f, h), random(f, h), random(h, f), random(3, 2, h)
     expected = huggingface_mlp(gate, up, down, x_SBH)
-    mapping = GatedMLPMapping(FC1, gate=GATE, up=UP)
-    assert close(megatron_mlp(mapping.hf_to_megatron({"gate": gate, "up": up}), down, x_SBH), expected)
+    weights = {GATE: gate, UP: up}
+    assert close(megatron_mlp(made_of(FC1_MAPPING, weights), down, x_SBH), expected)
 
-    swapped = mapping.hf_to_megatron({"gate": up, "up": gate})
+    swapped = made_of(GatedMLPMapping(FC1, gate=UP, up=GATE), weights)
     assert not close(megatron_mlp(swapped, down, x_SBH), expected)
     if f > 1:
-        woven = GatedMLPMapping(f"{FC1} : (f *) h", gate=GATE, up=UP).hf_to_megatron({"gate": gate, "up": up})
+        woven = made_of(GatedMLPMapping(f"{FC1} : (f *) h", gate=GATE, up=UP), weights)
         assert not close(megatron_mlp(woven, down, x_SBH), expected)
 
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_gated_mlp_of_tensor_parallel_ranks(tp: int) -> None:
-    """A rank's linear_fc1 is its gate rows above its up rows: so the chunks lie, and so the ranks add up to the whole.
-    """
+    """A rank's linear_fc1 is its gate rows above its up rows: so chunks lie, and so the ranks add up to the whole."""
     h, f = 6, 8
     gate, up, down, x_SBH = random(f, h), random(f, h), random(h, f), random(3, 2, h)
-    mapping = GatedMLPMapping(FC1, gate=GATE, up=UP)
-    fused = mapping.hf_to_megatron({"gate": gate, "up": up})
-    stored_boxes = boxes(mapping, {"f": f, "h": h}, ParallelLayout(tp=tp))
+    fused = made_of(FC1_MAPPING, {GATE: gate, UP: up})
+    stored_boxes = boxes(FC1_MAPPING, {"f": f, "h": h}, ParallelLayout(tp=tp))
     assert len(stored_boxes) == 2 * tp
     locals_, down_columns = [], down.chunk(tp, dim=1)
     for rank in range(tp):
