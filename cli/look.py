@@ -116,10 +116,13 @@ def _show_explanation(found: "Explanation", layout: str) -> None:
         return
     print(f"\nrank {found.rank} of {layout} holds:" + ("" if found.slices else " nothing of it"))
     for part in found.slices:
-        box = " ".join(f"{a}:{b}" for a, b in part.megatron_box)
-        hf = ", ".join(f"{a}:{b}" for a, b in part.hf_box) if part.hf_box else str(part.hf_axes)
         axes = ", ".join(f"{axis} {a}:{b}" for axis, (a, b) in part.hf_axes.items())
-        print(f"  [{box}] = {part.hf}[{hf}]\n      {axes}")
+        ours, theirs = (_ranges(box) or axes for box in (part.megatron_box, part.hf_box))
+        print(f"  [{ours}] = {part.hf}[{theirs}]" + ("" if axes in (ours, theirs) else f"\n      {axes}"))
+
+
+def _ranges(box: tuple[tuple[int, int], ...] | None) -> str:
+    return ", ".join(f"{a}:{b}" for a, b in box or ())
 
 
 def verify(

@@ -18,11 +18,11 @@ class Slice:
     """Part of a Megatron chunk, and the part of a HF tensor that it is. Ranges are half open, per memory dimension."""
 
     megatron: str
-    megatron_box: tuple[tuple[int, int], ...]
+    megatron_box: tuple[tuple[int, int], ...] | None
     hf: str
     hf_axes: dict[str, tuple[int, int]]
     hf_box: tuple[tuple[int, int], ...] | None
-    """None when the part is not a box of the HF tensor: then the axes say which elements."""
+    """None, as `megatron_box` may be, when the part is no box of the tensor: then the axes say which elements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +102,10 @@ def _slices(
                 for ranges in pair.megatron.clip(shard.offsets, shard.sizes):
                     ours, theirs = pair.megatron.narrowed(ranges), pair.hf.narrowed(ranges)
                     axes = {axis: (first, first + length) for axis, (first, length) in ranges.items()}
-                    box = _box(theirs) if theirs.numel == math.prod(theirs.bounds()[1]) else None
-                    yield Slice(pair.megatron_name, _box(ours), pair.hf_name, axes, box)
+                    yield Slice(pair.megatron_name, _box(ours), pair.hf_name, axes, _box(theirs))
 
 
-def _box(view: View) -> tuple[tuple[int, int], ...]:
+def _box(view: View) -> tuple[tuple[int, int], ...] | None:
+    if view.numel != math.prod(view.bounds()[1]):
+        return None
     return tuple((o, o + s) for o, s in zip(*view.bounds(), strict=True))

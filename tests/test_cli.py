@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from broken import (
     user_environment,
     zeros,
 )
-from qwen3vl_convert import Explanation, Inspection, hf_to_megatron
+from qwen3vl_convert import Explanation, Inspection, ParallelLayout, explain, hf_to_megatron
 from qwen3vl_convert.cli import console
 from qwen3vl_convert.cli.app import app, main
 from qwen3vl_convert.cli.console import size
@@ -34,6 +35,7 @@ from qwen3vl_convert.cli.options import parse_bytes, parse_iteration
 from qwen3vl_convert.convert import Result
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import UsageError
+from qwen3vl_convert.make import SIZES as MODELS
 from qwen3vl_convert.verify import Verdict
 
 COMMANDS = ("hf-to-megatron", "megatron-to-hf", "plan", "verify", "inspect", "explain", "make-checkpoint")
@@ -390,7 +392,11 @@ EXPLANATIONS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     ),
     "the slice of a rank": (
         ("lm_head.weight", "--tp", 4, "--pp", 2, "--rank", 5),
-        ("rank 5 of TP4 PP2 holds", "[37984:75968 0:4096] = lm_head.weight[37984:75968, 0:4096]"),
+        ("rank 5 of TP4 PP2 holds", "[37984:75968, 0:4096] = lm_head.weight[37984:75968, 0:4096]"),
+    ),
+    "slices that are no boxes": (
+        (QKV, "--tp", 2, "--rank", 1),
+        ("[kv 4:8, g 0:4, d 0:128, h 0:4096] = " + Q_PROJ + "[2048:4096, 0:4096]",),
     ),
     "a rank that holds nothing": (("lm_head.weight", "--pp", 2, "--rank", 0), ("nothing of it",)),
 }
@@ -403,6 +409,20 @@ def test_explain(case: tuple[tuple[object, ...], tuple[str, ...]]) -> None:
     assert result.exit_code == 0, result.output
     for text in says:
         assert text in result.stdout
+
+
+def test_the_slices_of_all_ranks_are_the_whole() -> None:
+    """Of a tensor that no two ranks hold: each box says as many elements as its axes, and together they are all."""
+    dims, layout = MODELS["tiny-moe"], ParallelLayout(tp=2, pp=2, ep=2, etp=2)
+    name = "model.language_model.layers.1.mlp.experts.gate_up_proj"
+    counted = 0
+    for rank in range(layout.world):
+        for part in explain(name, dims, layout=layout, rank=rank).slices:
+            held = prod(stop - start for start, stop in part.hf_axes.values())
+            for box in (part.megatron_box, part.hf_box):
+                assert box is None or prod(stop - start for start, stop in box) == held
+            counted += held
+    assert counted == dims.experts * 2 * dims.expert_ffn * dims.hidden
 
 
 def test_explain_takes_the_sizes_of_a_folder(pair: Pair) -> None:

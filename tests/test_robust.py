@@ -288,7 +288,7 @@ def test_resume_of_another_conversion_begins_anew(
 
 @pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])
 def test_resume_with_another_config_takes_that_config(spelling: str, tmp_path: Path, sources: Sources) -> None:
-    """A config.json is copied, or written anew where its spelling is old; another one of equal length is another one."""
+    """A config.json is copied, or written anew where its spelling is old; equal length does not make it the same."""
     reference = copied(sources.dense, tmp_path / "reference")
     edit_config(lambda c: c["text_config"].update({spelling: c["text_config"].pop("dtype")}))(reference)
     with pytest.raises(KeyboardInterrupt):
