@@ -8,6 +8,7 @@ import random
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -47,7 +48,7 @@ def dims(draw: st.DrawFn, moe: bool) -> Dims:
     hidden = draw(st.sampled_from([8, 12, 14, 24]))
     square = draw(st.sampled_from([None, hidden, hidden // 2]))
     expert_ffn = square or draw(st.integers(1, 9))
-    experts = {"experts": draw(st.sampled_from([2, 3, 4, 6])), "expert_ffn": expert_ffn, "top_k": 1}
+    experts: dict[str, Any] = {"experts": draw(st.sampled_from([2, 3, 4, 6])), "expert_ffn": expert_ffn, "top_k": 1}
     depth, heads = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4]))
     return replace(
         SIZES["tiny"],

@@ -31,9 +31,11 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape)
 
 
-def there_and_back(mapping: Mapping, hf: object, sizes: dict[str, int], expected: Tensor, **place: int) -> None:
+def there_and_back(
+    mapping: Mapping, hf: Tensor | dict[str, Tensor], sizes: dict[str, int], expected: Tensor, **place: int
+) -> None:
     """HF to Megatron is what the oracle says, and Megatron to HF undoes it."""
-    megatron = mapping.hf_to_megatron(hf, sizes, **place)  # type: ignore[arg-type]
+    megatron = mapping.hf_to_megatron(hf, sizes, **place)
     assert torch.equal(megatron, expected)
     assert megatron.is_contiguous()
     back = mapping.megatron_to_hf(megatron, sizes)
@@ -42,7 +44,7 @@ def there_and_back(mapping: Mapping, hf: object, sizes: dict[str, int], expected
         assert all(torch.equal(back[part], hf[part]) for part in hf)
     else:
         assert isinstance(back, Tensor)
-        assert torch.equal(back, hf[place["e"]] if place else hf)  # type: ignore[index]
+        assert torch.equal(back, hf[place["e"]] if place else hf)
 
 
 @pytest.mark.parametrize(("kv", "g", "d", "h"), HEADS)
