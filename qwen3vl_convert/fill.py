@@ -22,7 +22,9 @@ from qwen3vl_convert.storage import DTYPES, Chunk
 from qwen3vl_convert.strided import carry, raw, read_into, write_from
 
 MIB = 1 << 20
-_BLOCK = MIB
+_BLOCK = 128 << 10
+"""What is read, check-summed and written at once: it stays in the second-level cache, and ends on a multiple of itself
+in the target file, for a page that two writes share costs the kernel more than either."""
 _LEAST_PIECE, _MOST_PIECE = 256 << 10, 8 * MIB
 _PER_WORKER = 4
 """Pieces' worth of memory that a worker may hold: the buffer, a dtype cast's two copies, and slack."""
@@ -207,25 +209,36 @@ class _Output:
     path: Path
 
 
+def _blocks(output: _Output) -> Iterator[tuple[int, int]]:
+    """(first, stop) of the blocks of a piece, in bytes of the piece, that end on block boundaries of the file."""
+    first = 0
+    while first < output.nbytes:
+        stop = min(output.nbytes, first + _BLOCK - (output.offset + first) % _BLOCK)
+        yield first, stop
+        first = stop
+
+
 def _stream(copy: Copy, output: _Output, buffer: bytearray) -> int:
     """Pass a run of bytes through a buffer small enough to stay in the cache."""
-    crc, block = 0, memoryview(buffer)[:_BLOCK]
+    crc, whole = 0, memoryview(buffer)
     start = copy.start + copy.source_first * DTYPES[copy.dtype].itemsize
     with _opened(copy.file, os.O_RDONLY) as source:
-        for done in range(0, output.nbytes, len(block)):
-            part = block[: min(len(block), output.nbytes - done)]
-            read_into(source, part, start + done, copy.file)
+        for first, stop in _blocks(output):
+            part = whole[: stop - first]
+            read_into(source, part, start + first, copy.file)
             crc = crc32(part, crc)
-            write_from(output.fd, part, output.offset + done, output.path)
+            write_from(output.fd, part, output.offset + first, output.path)
     return crc
 
 
 def _assemble(copies: list[Copy], job: Job, output: _Output, buffer: bytearray) -> int:
     """Put a piece together from strided copies, then write it."""
-    whole = memoryview(buffer)[: output.nbytes]
+    crc, whole = 0, memoryview(buffer)[: output.nbytes]
     gather(copies, job, whole)
-    write_from(output.fd, whole, output.offset, output.path)
-    return crc32(whole)
+    for first, stop in _blocks(output):
+        crc = crc32(whole[first:stop], crc)
+        write_from(output.fd, whole[first:stop], output.offset + first, output.path)
+    return crc
 
 
 def gather(copies: list[Copy], job: Job, whole: memoryview) -> None:

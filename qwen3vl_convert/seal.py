@@ -23,7 +23,7 @@ from qwen3vl_convert.plan import Job, Plan, Target
 from qwen3vl_convert.strided import read_into, write_from
 
 _JOURNAL = "journal"
-_BLOCK = 1 << 20
+_BLOCK = 256 << 10
 _UNSOUND = "Is the disk sound? Convert again."
 
 
