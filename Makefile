@@ -50,7 +50,7 @@ help:  ## this list
 	@grep -vE '^($(OLDER_NAMES))==' constraints.txt > .venv-tf4/constraints.txt
 	@printf '%s\n' $(OLDEST) >> .venv-tf4/constraints.txt
 	@.venv-tf4/$(PIP_INSTALL) -c .venv-tf4/constraints.txt torch
-	@.venv-tf4/$(PIP_INSTALL) -c .venv-tf4/constraints.txt -e '.[test,transformers]'
+	@.venv-tf4/$(PIP_INSTALL) -c .venv-tf4/constraints.txt -e '.[test,megatron,transformers]'
 	@touch $@
 
 setup: .venv/ready  ## the environment of all targets but the two below

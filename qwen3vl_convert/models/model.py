@@ -224,7 +224,9 @@ class Qwen3VLModel(MegatronModule):  # type: ignore[misc]
         position_ids = self._positions(input_ids, position_ids, attention_mask, packed_seq_params, visual, context)
         embeddings, deepstack = None, None
         if self.pre_process:
-            masks = self._placeholders(input_ids, visual, image_input_mask, video_input_mask, attention_mask, context)
+            masks = self._given_places(visual, input_ids, image_input_mask, video_input_mask)
+            if masks is None:
+                masks = self._placeholders(input_ids, visual, attention_mask, packed_seq_params, context)
             embeddings, deepstack = self._embed(input_ids, visual, masks)
         cut = SequenceCut.of(self.pg_collection.cp, input_ids.shape[1], packed_seq_params, input_ids.device)
         embeddings, deepstack = cut.along(embeddings, 0), cut.along(deepstack, 0)
@@ -257,6 +259,13 @@ class Qwen3VLModel(MegatronModule):  # type: ignore[misc]
             "video_token_id": self.video_token_id,
         }
 
+    def _sequences(self, attention_mask: Tensor | None, packed: PackedSeqParams | None) -> dict[str, Any]:
+        """What they want to know of padding and of packed sequences."""
+        return {
+            "attention_mask_BS": attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None,
+            "cu_seqlens": None if packed is None else _cu_seqlens(packed),
+        }
+
     def _positions(
         self,
         input_ids: Tensor,
@@ -276,9 +285,8 @@ class Qwen3VLModel(MegatronModule):  # type: ignore[misc]
             return position_ids.expand(3, *position_ids.shape)
         positions, deltas = get_rope_index(
             input_ids,
-            attention_mask_BS=attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None,
-            cu_seqlens=None if packed is None else _cu_seqlens(packed),
             vision_start_token_id=self.vision_start_token_id,
+            **self._sequences(attention_mask, packed),
             **self._tokens(visual),
         )
         if context is not None:
@@ -291,32 +299,36 @@ class Qwen3VLModel(MegatronModule):  # type: ignore[misc]
         self,
         input_ids: Tensor,
         visual: VisualInput,
-        image_mask: Tensor | None,
-        video_mask: Tensor | None,
         attention_mask: Tensor | None,
+        packed: PackedSeqParams | None,
         context: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Where features of images and of videos go [B, S], found by token id unless given; checked against grids."""
+        """Where features of images and of videos go [B, S], found by token id and checked against the grids."""
+        continues = context is not None and context.sequence_len_offset > 0  # tokens that were just sampled
+        if not continues:
+            check_visual_tokens(input_ids, **self._sequences(attention_mask, packed), **self._tokens(visual))
+        return input_ids == self.image_token_id, input_ids == self.video_token_id
+
+    def _given_places(
+        self, visual: VisualInput, input_ids: Tensor, image_mask: Tensor | None, video_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The same from masks of the caller's, of which there must be as many places as features; None without any."""
         if image_mask is None and video_mask is None:
-            continues = context is not None and context.sequence_len_offset > 0  # tokens that were just sampled
-            if not continues:
-                keep = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-                check_visual_tokens(input_ids, attention_mask_BS=keep, **self._tokens(visual))
-            return input_ids == self.image_token_id, input_ids == self.video_token_id
-        found = [
-            (input_ids == token if mask is None else mask.bool())
-            for mask, token in ((image_mask, self.image_token_id), (video_mask, self.video_token_id))
-        ]
-        for mask, grid, name in zip(
-            found, (visual.image_grid_thw, visual.video_grid_thw), ("image", "video"), strict=True
-        ):
+            return None
+        kinds = (
+            ("image", image_mask, self.image_token_id, visual.image_grid_thw),
+            ("video", video_mask, self.video_token_id, visual.video_grid_thw),
+        )
+        places = []
+        for name, mask, token, grid in kinds:
+            places.append(input_ids == token if mask is None else mask.bool())
             needed = 0 if grid is None else int(grid.cpu().prod(1).sum()) // self.square_merge_size
-            if int(mask.sum()) != needed:
+            if int(places[-1].sum()) != needed:
                 raise ValueError(
-                    f"{name}_input_mask: {name}_grid_thw makes {needed} features, and {int(mask.sum())} places are "
-                    "marked; expected as many. Mark the tokens that the processor wrote for them, and no others."
+                    f"{name}_input_mask: {name}_grid_thw makes {needed} features, and {int(places[-1].sum())} places "
+                    "are marked; expected as many. Mark the tokens that the processor wrote for them, and no others."
                 )
-        return found[0], found[1]
+        return places[0], places[1]
 
     def _embed(
         self, input_ids: Tensor, visual: VisualInput, masks: tuple[Tensor, Tensor]

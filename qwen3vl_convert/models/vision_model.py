@@ -127,7 +127,6 @@ class Qwen3VLVisionModel(VisionModule):  # type: ignore[misc]
         if config.perform_initialization:  # torch's own are for other models
             for weight in (self.patch_embed.proj.weight, self.pos_embed.weight):
                 config.init_method(weight)
-            nn.init.zeros_(self.patch_embed.proj.bias)
         self.rotary_pos_emb = VisionRotaryEmbedding(config.kv_channels)
         self.decoder = Qwen3VLVisionTransformerBlock(
             config,

@@ -69,11 +69,7 @@ def provider(dims: Dims, dtype: torch.dtype = torch.float32, **settings: Any) ->
 @contextmanager
 def lone_process() -> Iterator[None]:
     """One process, its process groups, and stand-ins for a GPU."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-    from qwen3vl_convert.models.cpu import cpu_for_cuda
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with cpu_for_cuda():
-        parallel_state.initialize_model_parallel()
+    from qwen3vl_convert.models import single_process
+
+    with single_process():
         yield
-    parallel_state.destroy_model_parallel(); dist.destroy_process_group()

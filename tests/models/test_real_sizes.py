@@ -1,4 +1,4 @@
-"""The six published models: built without memory, with the parameters that their files have; and the smallest one run."""
+"""The six published models: built without memory, with the parameters that their files have. The smallest is run."""
 
 from collections.abc import Iterator
 from typing import Any

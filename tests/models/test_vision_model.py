@@ -64,9 +64,7 @@ def test_position_embeddings_are_the_table_stretched_bilinearly(tower: Any, grid
 def test_angles_are_rows_then_columns(tower: Any, grid: Tensor) -> None:
     quarter = tower.config.kv_channels // 4
     frequency = [10000 ** (-2 * i / (2 * quarter)) for i in range(quarter)]
-    expected = [
-        [row * f for f in frequency] + [column * f for f in frequency] for row, column, *_ in places(grid)
-    ]
+    expected = [[row * f for f in frequency] + [column * f for f in frequency] for row, column, *_ in places(grid)]
     torch.testing.assert_close(tower.rot_pos_emb(grid), torch.tensor(expected), rtol=1e-6, atol=0)
 
 
@@ -105,7 +103,9 @@ def test_shapes_and_order_of_what_comes_out(tower: Any) -> None:
     assert not any(torch.allclose(feature, features) for feature in deepstack)
 
 
-@pytest.mark.parametrize("wrong", [lambda p: p[:-1], lambda p: p[:, :-1], lambda p: None], ids=["rows", "values", "none"])
+@pytest.mark.parametrize(
+    "wrong", [lambda p: p[:-1], lambda p: p[:, :-1], lambda p: None], ids=["rows", "values", "none"]
+)
 def test_pixels_that_do_not_fit_their_grid_are_refused(tower: Any, wrong: Any) -> None:
     grid = torch.tensor([[1, 4, 6]])
     with pytest.raises(ValueError, match=r"the grids \[\[1, 4, 6\]\] need \(24, 1536\); found"):
