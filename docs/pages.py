@@ -195,7 +195,28 @@ def python_api() -> str:
         ("qwen3vl_convert.verify", verify, verify.__all__),
         ("qwen3vl_convert.mappings", mappings, mappings.__all__),
     )
-    parts, seen = ["# Python", _NOTE, _API], set()
+    return _rooms("Python", _API, rooms)
+
+
+_MODELS_API = """\
+What `import qwen3vl_convert.models` offers: Qwen3-VL on Megatron-Core, providers that build it, bridges that fill it. It
+needs megatron-core; nothing of it is imported before a name is used. How to train with it: [training.md](training.md).
+"""
+
+
+def models_api() -> str:
+    """The same for the models room, whose import needs megatron-core."""
+    import warnings
+
+    from qwen3vl_convert import models
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron-Core says what is not installed
+        return _rooms("Models", _MODELS_API, (("qwen3vl_convert.models", models, models.__all__),))
+
+
+def _rooms(page: str, introduction: str, rooms: Iterable[tuple[str, Any, Iterable[str]]]) -> str:
+    parts, seen = [f"# {page}", _NOTE, introduction], set()
     for title, room, names in rooms:
         fresh = [name for name in names if name not in seen]
         seen |= set(fresh)

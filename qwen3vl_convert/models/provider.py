@@ -171,9 +171,30 @@ class _Provider(Qwen3VLTransformerConfig):
             vp_stage=vp_stage,
         )
 
+    def _check_groups(self) -> None:
+        """The settings must say what the process groups of this run are."""
+        if not parallel_state.model_parallel_is_initialized():
+            raise ConfigError(
+                "megatron.core.parallel_state: expected process groups, found none. Build the model within "
+                "single_process() or parallel_world(...), or after parallel_state.initialize_model_parallel(...)."
+            )
+        found = {
+            "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+            "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+            "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+            "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        }
+        for setting, size in found.items():
+            if getattr(self, setting) != size:
+                raise ConfigError(
+                    f"{setting}: expected {size}, which the process groups were set up with, found "
+                    f"{getattr(self, setting)}. Set both to the same."
+                )
+
     def _stage(self, pre_process: bool | None, post_process: bool | None, vp_stage: int | None) -> tuple[bool, bool]:
         if not self._finalized:
             self.finalize()
+        self._check_groups()
         where = {"ignore_virtual": False, "vp_stage": vp_stage}
         first = parallel_state.is_pipeline_first_stage(**where) if pre_process is None else pre_process
         last = parallel_state.is_pipeline_last_stage(**where) if post_process is None else post_process

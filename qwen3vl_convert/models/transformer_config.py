@@ -23,7 +23,7 @@ _AS_IN_TEXT = (
     "tensor_model_parallel_size", "params_dtype", "bf16", "fp16", "autocast_dtype", "enable_autocast",
     "use_cpu_initialization", "perform_initialization", "init_method_std", "gradient_accumulation_fusion",
     "transformer_impl", "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules",
-    "deterministic_mode", "timers", "finalize_model_grads_func", "grad_scale_func",
+    "deterministic_mode", "attention_backend", "timers", "finalize_model_grads_func", "grad_scale_func",
 )  # fmt: skip
 """What the vision tower takes over from the text model's configuration."""
 

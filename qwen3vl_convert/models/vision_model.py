@@ -127,6 +127,8 @@ class Qwen3VLVisionModel(VisionModule):  # type: ignore[misc]
         if config.perform_initialization:  # torch's own are for other models
             for weight in (self.patch_embed.proj.weight, self.pos_embed.weight):
                 config.init_method(weight)
+            if self.patch_embed.proj.bias is not None:
+                nn.init.zeros_(self.patch_embed.proj.bias)
         self.rotary_pos_emb = VisionRotaryEmbedding(config.kv_channels)
         self.decoder = Qwen3VLVisionTransformerBlock(
             config,

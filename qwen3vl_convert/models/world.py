@@ -41,7 +41,12 @@ class World:
     size: int
 
     def settings(self, *, sequence_parallel: bool = False) -> dict[str, Any]:
-        """The fields of a TransformerConfig, or a provider, that must agree with the process groups."""
+        """The fields of a TransformerConfig, or a provider, that must agree with the process groups.
+
+        Interleaved pipelines send and receive one by one: in a batch of messages Megatron-Core takes those of two
+        chunks for each other where a stage before is also the one after, in a pipeline of two, and gradients are
+        wrong without a word.
+        """
         layout = self.layout
         return {
             "tensor_model_parallel_size": layout.tp,
@@ -53,6 +58,8 @@ class World:
             "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
             "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
             "sequence_parallel": sequence_parallel,
+            "overlap_p2p_comm": self.vpp is not None,
+            "batch_p2p_comm": self.vpp is None,
         }
 
     @property

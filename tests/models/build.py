@@ -40,7 +40,7 @@ def provider(dims: Dims, dtype: torch.dtype = torch.float32, **settings: Any) ->
         "freeze_language_model": False,
         "freeze_vision_model": False,
     }
-    kind = Qwen3VLMoEModelProvider if dims.moe else Qwen3VLModelProvider
+    kind: Any = Qwen3VLMoEModelProvider if dims.moe else Qwen3VLModelProvider
     made = kind(
         num_layers=dims.layers,
         hidden_size=dims.hidden,

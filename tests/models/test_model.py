@@ -73,7 +73,8 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_keys_and_shapes_are_those_that_megatron_bridge_wrote(name: str, golden_megatron: Path) -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     stored = (
         FileSystemReader(found_or_skip(golden_megatron / name) / "iter_0000000").read_metadata().state_dict_metadata
@@ -87,7 +88,7 @@ def test_keys_and_shapes_are_those_that_megatron_bridge_wrote(name: str, golden_
             assert isinstance(part, ShardedObject)
             found[part.unique_key] = "object"
     expected = {
-        key: (value.size, value.properties.dtype) if hasattr(value, "size") else "object"
+        key: (value.size, value.properties.dtype) if isinstance(value, TensorStorageMetadata) else "object"
         for key, value in stored.items()
         if not key.startswith("common_state")
     }
@@ -342,7 +343,7 @@ def test_shared_weights_are_the_embedding(model: Any) -> None:
 def test_freezing_names_three_parts_that_do_not_overlap() -> None:
     frozen = {}
     for part in ("language_model", "vision_model", "vision_projection"):
-        model = provider(DENSE, **{f"freeze_{part}": True}).provide()
+        model = provider(DENSE, torch.float32, **{f"freeze_{part}": True}).provide()
         frozen[part] = {name for name, p in model.named_parameters() if not p.requires_grad}
     every = {name for name, _ in model.named_parameters()}
     assert set.union(*frozen.values()) == every
@@ -405,13 +406,30 @@ def test_experts_and_tensor_parallelism_turn_sequence_parallelism_on() -> None:
     assert settings.sequence_parallel
 
 
+@pytest.mark.parametrize("setting", ["tensor", "pipeline", "expert"])
+def test_settings_must_agree_with_the_process_groups(setting: str) -> None:
+    name = f"{setting}_model_parallel_size"
+    with pytest.raises(ConfigError, match=f"{name}: expected 1, which the process groups were set up with, found 2"):
+        provider(MOE, torch.float32, **{name: 2}).provide()
+
+
+def test_process_groups_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import parallel_state
+
+    monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: False)
+    with pytest.raises(ConfigError, match="expected process groups, found none. Build the model within single_process"):
+        provider(DENSE).provide()
+
+
 def test_context_parallelism_without_transformer_engine_is_refused_at_construction() -> None:
+    from qwen3vl_convert.models import Qwen3VLModel
+    from qwen3vl_convert.models.specs import language_layer_spec
+
     settings = provider(DENSE, context_parallel_size=2)
-    with pytest.raises(
-        ValueError, match="context_parallel_size=2: context parallelism is done by the attention of Tran"
-    ):
-        settings.provide()
+    settings.finalize()
     assert settings.calculate_per_token_loss
+    with pytest.raises(ValueError, match="context_parallel_size=2: context parallelism is done by the attention of Tr"):
+        Qwen3VLModel(settings, language_layer_spec(settings), settings.vision_config)
 
 
 def test_an_unknown_activation_is_refused() -> None:
@@ -463,7 +481,9 @@ def test_the_cut_is_megatrons_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for rank in range(3):
         group = SimpleNamespace(size=lambda: 3, rank=lambda rank=rank: rank)
         cut = SequenceCut.of(group, 24, None, whole.device)
-        assert torch.equal(cut.along(whole, 0), get_pos_emb_on_this_cp_rank(whole, 0, group))
+        part = cut.along(whole, 0)
+        assert part is not None
+        assert torch.equal(part, get_pos_emb_on_this_cp_rank(whole, 0, group))
     assert SequenceCut.of(None, 24, None, whole.device).along(whole, 0) is whole
 
 
