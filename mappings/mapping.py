@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qwen3vl_convert.errors import UsageError
+from qwen3vl_convert.errors import MisshapenTensor, UsageError
 from qwen3vl_convert.mappings.equation import Equation, Term, check_shape
 from qwen3vl_convert.mappings.layout import Sizes
 
@@ -219,7 +219,11 @@ class GatedMLPMapping(Mapping):
 
 @dataclass(frozen=True)
 class _ExpertMapping(Mapping):
-    """An expert parameter: Megatron's name carries the expert, the HF side depends on who wrote the folder."""
+    """An expert parameter: Megatron's name carries the expert, the HF side depends on who wrote the folder.
+
+    The name may be one expert's, `...experts.linear_fc1.weight3` (counted over all ranks): then that is the expert that
+    `hf_to_megatron` picks, and the equation is that of all of them.
+    """
 
     hf_param: str
     experts_layout: str = "hub"
@@ -233,8 +237,147 @@ class _ExpertMapping(Mapping):
         """The same mapping against another HF layout."""
         return replace(self, experts_layout=experts_layout)
 
+    def hf_to_megatron(
+        self, hf_weights: "Tensors", sizes: Any = None, *, megatron_module: Any = None, **place: int
+    ) -> "Tensor":
+        """One expert's parameter; with a module of Megatron-Core's in place of `sizes`, as this rank holds it.
+
+        `hf_weights`: the tensor of all experts; or one expert's own, a dict by keyword (`{"gate": ..., "up": ...}`).
+        The expert is the one in the mapping's name, or `e=3`. A module's config gives the sizes, and its process group
+        the part that expert tensor parallelism leaves to this rank; nothing is communicated. Raises `MisshapenTensor`.
+        """
+        if isinstance(hf_weights, MappingOf) and self.experts_layout in ("hub", "v5"):
+            return self.laid_out("per-expert").hf_to_megatron(hf_weights, sizes, megatron_module=megatron_module)
+        tensors = self._by_part(hf_weights)
+        place = ({} if self.expert is None else {"e": self.expert}) | place
+        module, sizes = _module_or_sizes(sizes, megatron_module)
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        full = self._solved(shapes, FIXED | _sizes_of(module) | dict(sizes))
+        local, part = self._local(full, module)
+        chosen = self._chosen(self.equation, place)
+        first = next(iter(tensors.values()))
+        out = first.new_empty(self.equation.megatron.layout.shape(self.equation.full(local)))
+        views = zip(self.equation.pairs(full, chosen), self.equation.pairs(local, chosen), strict=True)
+        for (theirs, ours), term in zip(views, self.equation.hf, strict=True):
+            here = theirs.hf.narrow(_CUT, part * local[_CUT], local[_CUT])
+            ours.megatron.of(out).copy_(here.of(tensors[term.name]))
+        return out
+
+    def megatron_to_hf(
+        self, megatron_weights: "Tensor", sizes: Any = None, *, megatron_module: Any = None
+    ) -> "Tensors":
+        """One expert's slice of the HF tensor of all, or its own tensors by keyword.
+
+        With a module `megatron_weights` is what this rank holds, and all ranks of its expert tensor parallel group call
+        this together and get the whole.
+        """
+        module, sizes = _module_or_sizes(sizes, megatron_module)
+        parts = _gathered(megatron_weights, _group_of(module))
+        equation = _without_names(self.equation)
+        known = equation.known(FIXED | _sizes_of(module) | dict(sizes))
+        known = {axis: size for axis, size in known.items() if axis != _CUT or len(parts) == 1}
+        shape, name = tuple(megatron_weights.shape), equation.megatron.name
+        local = known | {a: n for a, n in equation.megatron.layout.solve(shape, known, name).items() if a != "*"}
+        self._need(equation, local)
+        full = local | {_CUT: local[_CUT] * len(parts)}
+        check_shape(equation.megatron, name, shape, equation.full(local))
+        out = [megatron_weights.new_empty(term.layout.shape(full)) for term in equation.hf]
+        place = dict.fromkeys(equation.place_axes, 0)
+        for number, part in enumerate(parts):
+            views = zip(equation.pairs(full, place), equation.pairs(local, place), out, strict=True)
+            for theirs, ours, tensor in views:
+                theirs.hf.narrow(_CUT, number * local[_CUT], local[_CUT]).of(tensor).copy_(ours.megatron.of(part))
+        return out[0] if len(out) == 1 else dict(zip(self.parts, out, strict=True))
+
+    def _validate_patterns(self, *args: Any, **kwargs: Any) -> None:
+        """Megatron-Bridge's check that both names have as many wildcards, which these have not: an expert is an index
+        in the one and a dimension in the other. What must hold is that the equation is a bijection.
+        """
+        self.equation  # noqa: B018  raises UsageError
+
+    @cached_property
+    def expert(self) -> int | None:
+        """The expert that Megatron's name is of, if it is of one."""
+        found = _ONE_EXPERT.search(self.megatron_param.partition(" : ")[0])
+        return None if found is None else int(found[2])
+
+    @property
+    def _pattern(self) -> str:
+        """Megatron's name with the expert as an axis."""
+        name, colon, layout = self.megatron_param.partition(" : ")
+        return _ONE_EXPERT.sub(r"\1{e}", name) + colon + layout
+
+    def _solved(self, shapes: MappingOf[str, tuple[int, ...]], known: Sizes) -> dict[str, int]:
+        """Sizes of all axes; where the shapes are those of the other fused layout, the error says so."""
+        try:
+            return self.equation.solve(shapes, known)
+        except MisshapenTensor as error:
+            other = {"hub": "v5", "v5": "hub"}.get(self.experts_layout)
+            if other is not None and self.laid_out(other)._fits(shapes, known):
+                remedy = f'mapping.laid_out("{other}")'
+                raise MisshapenTensor(f'{error} That is the "{other}" layout: use {remedy}.') from None
+            raise
+
+    def _fits(self, shapes: MappingOf[str, tuple[int, ...]], known: Sizes) -> bool:
+        try:
+            self.equation.solve(shapes, known)
+        except MisshapenTensor:
+            return False
+        return True
+
+    def _local(self, full: dict[str, int], module: Any) -> tuple[dict[str, int], int]:
+        """(sizes of what this rank holds, which of the parts of the cut axis that is)."""
+        group = _group_of(module)
+        part, parts = (0, 1) if group is None else (group.rank(), group.size())
+        if full[_CUT] % parts:
+            raise UsageError(f"{self}\n  expert tensor parallel size {parts} does not divide {_CUT} = {full[_CUT]}.")
+        return full | {_CUT: full[_CUT] // parts}, part
+
     def _one_by_one(self, projection: str, layout: str) -> Term:
         return _term(f"{self.hf_param.rpartition('.')[0]}.{{e}}.{projection}.weight : {layout}", None)
+
+
+_CUT = "i"
+"""The axis of an expert that expert tensor parallelism divides."""
+_ONE_EXPERT = re.compile(r"(experts\.[\w.]*(?:weight|bias))(\d+)$")
+
+
+def _module_or_sizes(given: Any, module: Any) -> tuple[Any, Sizes]:
+    """(module, sizes) from a second argument that may be either, as Megatron-Bridge's is a module and ours sizes."""
+    if given is None or isinstance(given, MappingOf):
+        return module, given or {}
+    return given, {}
+
+
+def _sizes_of(module: Any) -> dict[str, int]:
+    """Axes that the config of a module of Megatron-Core's gives."""
+    config = getattr(module, "config", None)
+    named = {"h": "hidden_size", "i": "moe_ffn_hidden_size", "e": "num_moe_experts"}
+    found = {axis: getattr(config, name, None) for axis, name in named.items()}
+    return {axis: size for axis, size in found.items() if size}
+
+
+def _group_of(module: Any) -> Any:
+    """The expert tensor parallel group: the module's own, else Megatron-Core's; None where there is none."""
+    own = getattr(module, "tp_group", None) or getattr(module, "_tp_group", None)
+    if module is None or own is not None:
+        return own
+    try:
+        from megatron.core import parallel_state
+    except ImportError:
+        return None
+    return parallel_state.get_expert_tensor_parallel_group(check_initialized=False)
+
+
+def _gathered(weights: "Tensor", group: Any) -> list["Tensor"]:
+    """What each rank of a group holds."""
+    if group is None or group.size() == 1:
+        return [weights]
+    import torch.distributed
+
+    parts = [weights.new_empty(weights.shape) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, weights.contiguous(), group=group)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -249,13 +392,13 @@ class ExpertMLPGateUpProjMapping(_ExpertMapping):
     def equation(self) -> Equation:
         if self.experts_layout == "per-expert":
             hf = tuple(self._one_by_one(projection, "i h") for projection in ("gate_proj", "up_proj"))
-            return Equation(_term(self.megatron_param, "(* i) h"), hf, apart="*")
+            return Equation(_term(self._pattern, "(* i) h"), hf, apart="*")
         if self.experts_layout == "scrambled":
             # transformers 5.0 cut the published [h, 2i] across h: "gate" has the first half of the rows, "up" the rest.
             hf = tuple(self._one_by_one(projection, "half (s i)") for projection in ("gate_proj", "up_proj"))
-            return Equation(_term(self.megatron_param, "(s i) (* half)"), hf, apart="s")
+            return Equation(_term(self._pattern, "(s i) (* half)"), hf, apart="s")
         fused = "e h (s i)" if self.experts_layout == "hub" else "e (s i) h"
-        return Equation(_term(self.megatron_param, "(s i) h"), (_term(self.hf_param, fused),), apart="s")
+        return Equation(_term(self._pattern, "(s i) h"), (_term(self.hf_param, fused),), apart="s")
 
 
 @dataclass(frozen=True)
@@ -270,7 +413,7 @@ class ExpertMLPDownProjMapping(_ExpertMapping):
             hf = self._one_by_one("down_proj", "i h")
         else:
             hf = _term(self.hf_param, "e i h" if self.experts_layout == "hub" else "e h i")
-        return Equation(_term(self.megatron_param, "h i"), (hf,))
+        return Equation(_term(self._pattern, "h i"), (hf,))
 
 
 def laid_out(mapping: Any, experts_layout: str) -> Any:

@@ -30,12 +30,17 @@ def run_config_yaml(
 ) -> bytes:
     """The `run_config.yaml` with which Megatron-Bridge loads the checkpoint; `origin` is a Hub id and its commit."""
     known = {"hf_model_id": origin[0], "hf_model_revision": origin[1]} if origin[0] else {}
-    model = {**_model(dims, sizes, dtype), **_parallel(layout), **(_experts(dims) if dims.moe else {}), **known}
+    model = {**provider_fields(dims, sizes, dtype), **_parallel(layout), **known}
     config = {
         "checkpoint": {"save_optim": False, "save_rng": False, "fully_parallel_save": True},
         "model": model,
     }
     return yaml.safe_dump(config, sort_keys=True).encode()
+
+
+def provider_fields(dims: Dims, sizes: Sizes, dtype: str) -> dict[str, Any]:
+    """The fields of the provider that builds a model of these sizes; dicts with a `_target_` stand for its objects."""
+    return {**_model(dims, sizes, dtype), **(_experts(dims) if dims.moe else {})}
 
 
 def _model(dims: Dims, sizes: Sizes, dtype: str) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 _SAYS_CUDA = (
     "megatron.core.pipeline_parallel.schedules",  # the count of tokens
-    "megatron.core.transformer.utils",  # causal masks
-    "megatron.core.transformer.moe.moe_utils",  # auxiliary losses
+    "megatron.core.transformer.utils",  # causal masks of its own attention
     "megatron.core.optimizer.optimizer",  # the scale of the loss
     "megatron.core.optimizer.clip_grads",  # norms of gradients
     "megatron.core.utils",  # the same, computed without Apex

@@ -201,6 +201,24 @@ def test_a_mask_of_megatron_is_taken_as_it_is(model: Any) -> None:
     assert (changed[3:] > 1e-5).all()
 
 
+def test_the_kernel_is_told_when_a_mask_counts(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine ignores the mask of an attention that is said to be causal."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    attention = model.language_model.decoder.layers[0].self_attention
+    plain, told = attention.core_attention.forward, []
+    monkeypatch.setattr(
+        attention.core_attention,
+        "forward",
+        lambda *args, **kwargs: told.append(kwargs["attn_mask_type"]) or plain(*args, **kwargs),
+    )
+    ids = text()
+    model(ids)
+    model(ids, attention_mask=torch.ones_like(ids))
+    model(ids)
+    assert told == [AttnMaskType.causal, AttnMaskType.arbitrary, AttnMaskType.causal]
+
+
 @BOTH
 def test_packed_sequences_are_each_alone(model: Any) -> None:
     from megatron.core.packed_seq_params import PackedSeqParams
