@@ -114,18 +114,32 @@ def open_megatron(
     `experts_layout`: the HF layout that the equations are to be against.
     """
     checkpoint = read_megatron(path, iteration)
-    dims = dims or checkpoint.dims()
+    where, remedy = str(checkpoint.folder), "Is --config that of another model?"
     tensors = dict(checkpoint.tensors)
-    head, surplus = _head(dims, tensors, OUTPUT[0], headless, str(checkpoint.folder))
-    registry = _registry(dims, head, experts_layout if dims.moe else "none", tensors, "megatron")
-    sizes = {**dims.sizes(), "padded_vocab": _rows(tensors, dims, str(checkpoint.folder))}
+    model, stored, surplus = complete_megatron(
+        tensors, dims or checkpoint.dims(), experts_layout, headless, where, remedy
+    )
+    return MegatronModel(checkpoint, model, stored, tensors, surplus)
+
+
+def complete_megatron(
+    tensors: dict[str, StoredTensor], dims: Dims, experts_layout: str, headless: bool, where: str, remedy: str
+) -> tuple[Model, tuple[Stored, ...], StoredTensor | None]:
+    """(the model that stored Megatron tensors are, its equations against their keys, a spare head of a tied model).
+
+    The spare head is taken out of `tensors`. Raises `InputError`'s kinds, naming tensors of `where`, with the `remedy`
+    for tensors that are not this model's.
+    """
+    head, surplus = _head(dims, tensors, OUTPUT[0], headless, where)
+    layout = experts_layout if dims.moe else "none"
+    registry = _registry(dims, head, layout, tensors, "megatron")
+    sizes = {**dims.sizes(), "padded_vocab": _rows(tensors, dims, where)}
     stored = on_disk(registry.equations, tensors)
     completed, sizes = _complete([one.equation for one in stored], sizes, tensors, "megatron")
     stored = tuple(replace(one, equation=equation) for one, equation in zip(stored, completed, strict=True))
     expected = {name for one in stored for name in _names(one.equation.megatron, sizes)}
-    check_names(expected, tensors, str(checkpoint.folder), "Is --config that of another model?")
-    layout = experts_layout if dims.moe else "none"
-    return MegatronModel(checkpoint, Model(dims, sizes, registry.equations, layout, head), stored, tensors, surplus)
+    check_names(expected, tensors, where, remedy)
+    return Model(dims, sizes, registry.equations, layout, head), stored, surplus
 
 
 def _head(

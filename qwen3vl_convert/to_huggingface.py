@@ -8,7 +8,7 @@ from qwen3vl_convert.conversion import Conversion, padding_of, said, target_dtyp
 from qwen3vl_convert.dims import CONFIG_FILE, Dims, read_config
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.huggingface.config import config_json, portable_config
-from qwen3vl_convert.huggingface.files import folder_files
+from qwen3vl_convert.huggingface.files import auxiliary_files, has_weights
 from qwen3vl_convert.huggingface.hub import Resolved
 from qwen3vl_convert.huggingface.target import huggingface_target
 from qwen3vl_convert.huggingface.writer import hub_order
@@ -87,7 +87,7 @@ def _written_experts(option: str, opened: MegatronModel, manifest: dict[str, Any
         return "none"
     if option != "match":
         return option
-    if reference is not None and folder_files(reference.folder).weights:
+    if reference is not None and has_weights(reference.folder):
         return open_huggingface(reference.folder, headless=not opened.model.output_layer).model.experts_layout
     layout = manifest.get("experts_layout")
     if layout not in ("hub", "v5", "per-expert"):
@@ -111,7 +111,7 @@ def _config_and_files(
     checkpoint = opened.checkpoint
     notes: tuple[str, ...] = ()
     if reference is not None:
-        origin, auxiliary = reference.folder / CONFIG_FILE, folder_files(reference.folder).auxiliary
+        origin, auxiliary = reference.folder / CONFIG_FILE, auxiliary_files(reference.folder)
         config = read_config(reference.folder)
     else:
         if checkpoint.config is None or checkpoint.config_from is None:

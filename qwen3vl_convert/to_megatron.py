@@ -6,7 +6,7 @@ from pathlib import Path
 from qwen3vl_convert.conversion import Conversion, padding_of, said, target_dtypes
 from qwen3vl_convert.dims import CONFIG_FILE, Dims
 from qwen3vl_convert.errors import UsageError
-from qwen3vl_convert.huggingface.files import folder_files
+from qwen3vl_convert.huggingface.files import auxiliary_files
 from qwen3vl_convert.huggingface.hub import Resolved
 from qwen3vl_convert.manifest import MANIFEST
 from qwen3vl_convert.megatron.placement import held_bytes
@@ -78,7 +78,7 @@ def _padded(dims: Dims, rows: int | None, divisor: int | None) -> int:
 
 def _kept_files(folder: Path) -> dict[str, bytes | Path]:
     """What travels along to Megatron's side: config.json and the auxiliary files, byte for byte."""
-    return {path.name: path.resolve() for path in (folder / CONFIG_FILE, *folder_files(folder).auxiliary)}
+    return {path.name: path.resolve() for path in (folder / CONFIG_FILE, *auxiliary_files(folder))}
 
 
 def _advice(model: Model, layout: ParallelLayout) -> tuple[str, ...]:

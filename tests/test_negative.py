@@ -858,6 +858,18 @@ def test_config_helps_where_the_checkpoint_says_nothing_sound(text: str, bases: 
     assert read_safetensors(tmp_path / "back" / SINGLE) == read_safetensors(bases.dense / SINGLE)
 
 
+@pytest.mark.parametrize("options", [{}, {"experts_layout": "match"}], ids=["plain", "match"])
+def test_config_may_come_without_weights(options: dict[str, Any], bases: Bases, tmp_path: Path) -> None:
+    """As a Hub id's does: only its config and the files beside it are downloaded."""
+    config = copied(bases.moe, tmp_path / "config")
+    for file in config.glob("*.safetensors*"):
+        file.unlink()
+    (config / "tokenizer.json").write_text("{}")
+    megatron_to_hf(bases.moe_run, tmp_path / "back", config=config, run=QUICK, **options)
+    assert read_safetensors(tmp_path / "back" / SINGLE) == read_safetensors(bases.moe / SINGLE)
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+
+
 def test_config_that_is_nowhere(bases: Bases, tmp_path: Path) -> None:
     case = Case(InputError, ("no such folder",), options={"config": tmp_path / "nowhere"})
     refuse_megatron(case, bases.dense_run, tmp_path)

@@ -30,22 +30,35 @@ class FolderFiles:
 
 def folder_files(folder: Path) -> FolderFiles:
     """Sorts a folder's files. Raises InputError's kinds if the weights are not clear, or a link leaves the folder."""
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise InputError(f"{folder}: expected a model folder, found {found}. Name the folder that holds config.json.")
-    names = {path.name: path for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+    names = _visible(folder)
     files = {name: path for name, path in names.items() if path.is_file()}
     index = _read_index(files[INDEX_FILE]) if INDEX_FILE in files else None
     weights = _weight_names(folder, files, index)
-    auxiliary = [name for name in files if _is_auxiliary(name)]
-    for name in (*weights, *auxiliary):
+    for name in weights:
         _refuse_link_outside(files[name], folder)
     return FolderFiles(
-        tuple(files[name] for name in weights),
-        tuple(files[name] for name in auxiliary),
-        index,
-        _notes(names, files, weights),
+        tuple(files[name] for name in weights), auxiliary_files(folder), index, _notes(names, files, weights)
     )
+
+
+def auxiliary_files(folder: Path) -> tuple[Path, ...]:
+    """The files that travel unchanged, sorted by name, of a folder that need not have weights."""
+    files = tuple(path for name, path in _visible(folder).items() if path.is_file() and _is_auxiliary(name))
+    for path in files:
+        _refuse_link_outside(path, folder)
+    return files
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether it has any safetensors file, of this model or another; a config may come without."""
+    return any(name.endswith(".safetensors") for name in _visible(folder))
+
+
+def _visible(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise InputError(f"{folder}: expected a model folder, found {found}. Name the folder that holds config.json.")
+    return {path.name: path for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
 
 
 def _is_auxiliary(name: str) -> bool:

@@ -31,6 +31,7 @@ from qwen3vl_convert.dims import CONFIG_FILE, Dims, read_config
 from qwen3vl_convert.errors import ConfigError, ConvertError, UsageError
 from qwen3vl_convert.fill import Key, key_of
 from qwen3vl_convert.huggingface.config import config_json, portable_config
+from qwen3vl_convert.huggingface.files import auxiliary_files
 from qwen3vl_convert.huggingface.hub import Resolved, resolve
 from qwen3vl_convert.huggingface.target import huggingface_target
 from qwen3vl_convert.manifest import MANIFEST, manifest_text, refuse_own_source
@@ -432,7 +433,8 @@ def _target(export: Export, source: Source, max_shard_bytes: int | None) -> Targ
     split = None
     if opened is not None and max_shard_bytes is None and len(opened.checkpoint.files) > 1:
         split = opened.checkpoint.shard_of
-    auxiliary = () if opened is None else opened.checkpoint.auxiliary
+    resolved = source.resolved(weights=False)
+    auxiliary = () if resolved is None else auxiliary_files(resolved.folder)
     return huggingface_target(list(export.entries), text, auxiliary, max_shard_bytes or DEFAULT_SHARD_BYTES, split)
 
 

@@ -41,11 +41,10 @@ from qwen3vl_convert.fill import gather
 from qwen3vl_convert.huggingface.safetensors import Entry
 from qwen3vl_convert.huggingface.writer import hub_order
 from qwen3vl_convert.mappings import View
-from qwen3vl_convert.mappings.registry import names
 from qwen3vl_convert.megatron.metadata import tiling_problem
-from qwen3vl_convert.megatron.stored import Stored, on_disk
-from qwen3vl_convert.model import OUTPUT, HuggingFaceModel, Model, _complete, _head, _registry, _rows
-from qwen3vl_convert.plan import ChunkIndex, Job, Link, Plan, Target, check_names, links, make_plan, pieces
+from qwen3vl_convert.megatron.stored import Stored
+from qwen3vl_convert.model import HuggingFaceModel, Model, complete_megatron
+from qwen3vl_convert.plan import ChunkIndex, Job, Link, Plan, Target, links, make_plan, pieces
 from qwen3vl_convert.storage import DTYPES, WEIGHT_DTYPES, Chunk, StoredTensor
 
 WHERE = Path("the live model")
@@ -196,22 +195,15 @@ def open_live(live: LiveModel, dims: Dims, experts_layout: str) -> OpenedModel:
 
     Raises `TensorError`'s kinds, naming tensors, when it is not a complete model of these sizes.
     """
-    tensors = dict(live.tensors)
-    head, surplus = _head(dims, tensors, OUTPUT[0], False, str(WHERE))
+    model, stored, surplus = complete_megatron(
+        dict(live.tensors), dims, experts_layout, False, str(WHERE), "Was it built from another model's config?"
+    )
     if surplus is not None:
         raise UsageError(
             f"{WHERE}: {surplus.name} is a parameter of its own, and the config says that it is tied to the embedding. "
             f"Build the model with share_embeddings_and_output_weights=True."
         )
-    registry = _registry(dims, head, experts_layout if dims.moe else "none", tensors, "megatron")
-    stored = on_disk(registry.equations, tensors)
-    sizes = {**dims.sizes(), "padded_vocab": _rows(tensors, dims, str(WHERE))}
-    completed, sizes = _complete([one.equation for one in stored], sizes, tensors, "megatron")
-    stored = tuple(replace(one, equation=equation) for one, equation in zip(stored, completed, strict=True))
-    expected = {name for one in stored for name in names(one.equation.megatron, sizes)}
-    check_names(expected, tensors, str(WHERE), "Was it built from another model's config?")
-    layout = experts_layout if dims.moe else "none"
-    return OpenedModel(Model(dims, sizes, registry.equations, layout, head), stored)
+    return OpenedModel(model, stored)
 
 
 # ---- in --------------------------------------------------------------------------------------------------------------
