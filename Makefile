@@ -22,7 +22,7 @@ OLDER_NAMES := transformers|huggingface_hub|tokenizers
 
 say = @echo "==> $(1)"
 
-.PHONY: help demo test test-newest test-oldest-transformers lint format docs docs-check bench clean
+.PHONY: help demo test test-newest test-oldest-transformers lint format docs docs-check bench gpu-check clean
 .PHONY: setup setup-newest setup-oldest-transformers
 
 help:  ## this list
@@ -113,6 +113,10 @@ docs-check: setup  ## fail if a generated page is not current
 bench: setup  ## speed and memory, each with its ratio to cp
 	$(call say,Measuring; every figure is printed beside cp on the same bytes)
 	@.venv/bin/python benchmarks/convert.py --write
+
+gpu-check: setup  ## the Megatron model against transformers on this machine's GPU
+	$(call say,Comparing logits and timing a prefill; figures go to docs/gpu-results.md)
+	@.venv/bin/python benchmarks/gpu_check.py --write docs/gpu-results.md
 
 clean:  ## remove environments, caches and builds
 	$(call say,Removing environments, caches and builds)

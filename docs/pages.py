@@ -199,8 +199,9 @@ def python_api() -> str:
 
 
 _MODELS_API = """\
-What `import qwen3vl_convert.models` offers: Qwen3-VL on Megatron-Core, providers that build it, bridges that fill it. It
-needs megatron-core; nothing of it is imported before a name is used. How to train with it: [training.md](training.md).
+What `import qwen3vl_convert.models` offers: Qwen3-VL on Megatron-Core, providers that build it, bridges that fill it.
+It needs megatron-core; nothing of it is imported before a name is used. How to train with it:
+[training.md](training.md).
 """
 
 

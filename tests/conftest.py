@@ -1,8 +1,12 @@
 """Where the tests find real checkpoints: in the repository, or in the `shared` folder beside it."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# The tests run side by side already; threads of one would wait for those of the other. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"

@@ -22,8 +22,6 @@ from qwen3vl_convert.models.cpu import cpu_for_cuda
 from qwen3vl_convert.parallel import ParallelLayout
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_NONE = "fake"
-"""torch's backend that copies input to output: right for one process, and it opens no ports, as gloo would."""
 _SEED_STEP = 100
 """Between pipeline stages, as Megatron-LM has it: their layers start from different random weights."""
 
@@ -74,11 +72,7 @@ class World:
 
 
 def single_process(*, seed: int = 1234) -> AbstractContextManager[World]:
-    """`parallel_world` for this process alone, whatever launched it. It opens no port and leaves nothing behind.
-
-    Megatron-Core's optimizer asks for groups of gloo, which does open ports, unless it is told
-    `use_gloo_process_groups=False`.
-    """
+    """`parallel_world` for this process alone, whatever launched it. It needs no launcher and leaves nothing behind."""
     return parallel_world(rank=0, world_size=1, seed=seed)
 
 
@@ -102,8 +96,8 @@ def parallel_world(
     - `rank`, `world_size`: those that torchrun says, else one process.
     - `store`: a file that does not exist yet, where the processes meet; all must see it. Without one they meet where
       torchrun says.
-    - `backend`: by default "nccl" on GPUs, "gloo" on CPUs, and none for one process. With "gloo", and where there is no
-      GPU, all is done on the CPU (`cpu_for_cuda`).
+    - `backend`: by default "nccl" on GPUs and "gloo" on CPUs. With "gloo", and where there is no GPU, all is done on
+      the CPU (`cpu_for_cuda`).
     - `seed`: of random weights and dropout. The same on every rank; what each draws follows from its place.
     - `timeout`: how long a process waits for the others.
 
@@ -119,11 +113,11 @@ def parallel_world(
         undo.enter_context(torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []))
         undo.enter_context(nullcontext() if on_gpu else cpu_for_cuda())
         undo.callback(_destroy)
-        backend = backend or _backend(world, on_gpu)
+        backend = backend or ("nccl" if on_gpu else "gloo")
         torch.distributed.init_process_group(
             backend, rank=world.rank, world_size=world.size, timeout=timeout, **meeting
         )
-        _initialize_megatron(world, with_gloo=backend != _NONE)
+        _initialize_megatron(world)
         _seed(seed)
         yield world
         torch.distributed.barrier()  # who leaves first would take the connections of the others with it
@@ -176,18 +170,10 @@ def _meeting(world: World, store: Path | None) -> dict[str, Any]:
     )
 
 
-def _backend(world: World, on_gpu: bool) -> str:
-    if world.size == 1:
-        from torch.testing._internal.distributed import fake_pg  # noqa: F401  its import registers the backend
-
-        return _NONE
-    return "nccl" if on_gpu else "gloo"
-
-
 # ---- Megatron-Core ---------------------------------------------------------------------------------------------------
 
 
-def _initialize_megatron(world: World, with_gloo: bool) -> None:
+def _initialize_megatron(world: World) -> None:
     layout = world.layout
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -196,7 +182,6 @@ def _initialize_megatron(world: World, with_gloo: bool) -> None:
         context_parallel_size=world.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
-        create_gloo_process_groups=with_gloo,
     )
 
 

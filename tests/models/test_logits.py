@@ -6,7 +6,6 @@ is shown by the faults of `planted`: each is made in the live model, and must co
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -105,19 +104,8 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
         folder = lively_checkpoint(tmp_path_factory.mktemp("model") / name, MODELS[name])
         return Pair(build_ours(AutoBridge.from_hf_pretrained(folder)), build_theirs(folder))
 
-    with single_process(), one_thread():
+    with single_process():
         yield pair
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """More only wait for each other, in models as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("prompt", MAKERS)

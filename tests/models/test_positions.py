@@ -256,7 +256,7 @@ def test_transformers_agrees_without_a_mask(name: str, their_model: Any) -> None
 # ---- no waiting for the device ---------------------------------------------------------------------------------------
 
 
-class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Waits(TorchDispatchMode):
     """Counts the operations whose result, or whose result's shape, must be known on the host."""
 
     WAITING = frozenset(
@@ -264,7 +264,7 @@ class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     )
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -32,20 +32,23 @@ def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("size", PARAMETERS)
-def test_has_the_parameters_that_were_published(size: str) -> None:
+def on_meta(size: str) -> Any:
+    """The model without memory for its weights."""
     settings = provider(SIZES[size], perform_initialization=False)
     settings.finalize()
     with torch.device("meta"):
-        model = settings.provide()
+        return settings.provide()
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_has_the_parameters_that_were_published(size: str) -> None:
+    model = on_meta(size)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert (count(model), count(model.vision_model)) == PARAMETERS[size]
 
 
-@pytest.mark.slow
 def test_the_smallest_runs_with_an_image_and_a_video() -> None:
-    settings = provider(SIZES["2b"], perform_initialization=False)
-    model = settings.provide().eval()
+    model = on_meta("2b").eval()
     fill(model)
     image, video, start, end = 151655, 151656, 151652, 151653
     row = [9707, start, *[image] * 6, end, *[start, *[video] * 4, end] * 2, 13]
@@ -63,11 +66,14 @@ def test_the_smallest_runs_with_an_image_and_a_video() -> None:
 
 
 def fill(model: Any) -> None:
-    """Weights of a sensible scale for two billion of them, quickly: one pattern over and over."""
-    pattern = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.zero_()
-        elif parameter.dim() > 1:  # norms are ones
-            for part in parameter.data.view(-1).split(len(pattern)):
-                part.copy_(pattern[: len(part)])
+    """Random weights of a sensible scale, in the memory of the largest of them: each is a view of the same numbers."""
+    largest = max(parameter.numel() for parameter in model.parameters())
+    numbers = torch.randn(largest, generator=torch.Generator().manual_seed(0)).mul_(0.02)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                value = numbers[: parameter.numel()].view(parameter.shape)
+            else:
+                value = torch.zeros(parameter.shape) if name == "bias" else torch.ones(parameter.shape)
+            setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))

@@ -144,7 +144,7 @@ def run_world(world: World, jobs: Sequence[Job]) -> list[Ranks]:
     with tempfile.TemporaryDirectory() as name:
         meeting_point = Path(name)
         arguments = (world, list(jobs), meeting_point)
-        start_processes(rank_main, arguments, nprocs=world.size, start_method="forkserver")  # type: ignore[no-untyped-call]
+        start_processes(rank_main, arguments, nprocs=world.size, start_method="forkserver")
         ranks = [torch.load(meeting_point / f"rank{rank}.pt", weights_only=False) for rank in range(world.size)]
     return [[shards[job] for shards in ranks] for job in range(len(jobs))]
 
