@@ -4,6 +4,8 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 WORKERS ?= 2
+# A file's tests share what they set up: checkpoints, and processes that have imported Megatron-Core.
+PYTEST = bin/python -m pytest -n $(WORKERS) --dist loadfile
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -76,19 +78,19 @@ demo: setup  ## a tiny model there and back, dense and MoE, each command shown
 
 test: setup  ## all tests, on Python 3.11+ with the megatron-core that it takes
 	$(call say,Testing with $$(.venv/bin/python -V) and everything in constraints.txt)
-	@.venv/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	@.venv/$(PYTEST) $(PYTEST_ARGS)
 
-test-newest: setup-newest  ## all tests, on Python 3.12 with the newest megatron-core
+test-newest: setup-newest  ## the tests marked `megatron`, on Python 3.12 with the newest megatron-core
 ifeq ($(strip $(PYTHON312)),)
 	$(call say,Skipped: no Python 3.12 here and megatron-core 0.19 needs it; say where with make PYTHON312=...)
 else
-	$(call say,Testing with $$(.venv-3.12/bin/python -V) and the newest megatron-core)
-	@.venv-3.12/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(call say,Testing what is marked megatron with $$(.venv-3.12/bin/python -V) and the newest megatron-core)
+	@.venv-3.12/$(PYTEST) -m megatron $(PYTEST_ARGS)
 endif
 
 test-oldest-transformers: setup-oldest-transformers  ## the tests marked `transformers`, on its oldest supported release
 	$(call say,Testing what is marked transformers with $(firstword $(OLDEST)))
-	@.venv-tf4/bin/python -m pytest -m transformers $(PYTEST_ARGS)
+	@.venv-tf4/$(PYTEST) -m transformers $(PYTEST_ARGS)
 
 lint: setup  ## ruff, mypy strict; pyright where it is installed
 	$(call say,Checking style and types)
