@@ -25,7 +25,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from importlib import import_module
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -41,6 +40,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from models.planted import lively_checkpoint  # noqa: E402  from the tests, which the line above finds
 from models.prompts import Image, Prompt, Text, Video, make_prompt, prompt_of  # noqa: E402
+from models.sides import load_theirs, our_logits, their_logits  # noqa: E402
 from qwen3vl_convert import make_checkpoint  # noqa: E402
 from qwen3vl_convert.make import SIZES  # noqa: E402
 
@@ -134,12 +134,7 @@ def build_ours(folder: Path, dtype: torch.dtype, device: str, **settings: Any) -
 
 
 def build_theirs(folder: Path, dtype: torch.dtype, device: str, attention: str = "eager") -> Any:
-    transformers: Any = import_module("transformers")
-    options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
-    model, info = transformers.AutoModelForImageTextToText.from_pretrained(folder, **options)
-    if any(info.values()):
-        raise SystemExit(f"transformers did not load {folder} as it is: {info}")
-    return model.to(device).eval()
+    return load_theirs(folder, dtype, attention).to(device)
 
 
 def tiny(run: Run, name: str) -> Path:
@@ -155,34 +150,6 @@ def on(prompt: Prompt, device: str) -> Prompt:
     """The prompt with its tensors there."""
     moved = {name: value.to(device) for name, value in vars(prompt).items() if isinstance(value, Tensor)}
     return replace(prompt, **moved, alone=tuple(on(one, device) for one in prompt.alone))
-
-
-@torch.no_grad()
-def our_logits(model: Any, prompt: Prompt) -> Tensor:
-    inputs: dict[str, Any] = prompt.inputs()
-    if prompt.alone:
-        from megatron.core.packed_seq_params import PackedSeqParams
-
-        ends, longest = prompt.cu_seqlens.to(prompt.input_ids.device), int(prompt.cu_seqlens.diff().max())
-        inputs["packed_seq_params"] = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
-    logits: Tensor = model(**inputs)
-    return logits
-
-
-@torch.no_grad()
-def their_logits(model: Any, prompt: Prompt) -> Tensor:
-    """Packed sequences one by one."""
-    if prompt.alone:
-        return torch.cat([their_logits(model, one) for one in prompt.alone], dim=1)
-    logits: Tensor = model(**their_inputs(prompt)).logits
-    return logits
-
-
-def their_inputs(prompt: Prompt) -> dict[str, Tensor]:
-    inputs = prompt.inputs() | {"attention_mask": prompt.attention_mask}
-    if int(version("transformers").split(".")[0]) >= 5:
-        inputs["mm_token_type_ids"] = prompt.mm_token_type_ids
-    return inputs
 
 
 # ---- logits ----------------------------------------------------------------------------------------------------------
@@ -397,7 +364,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # Where a virtual machine names AMX among its instructions and refuses it, oneDNN's bfloat16 ends the process.
     onednn = torch.backends.mkldnn.flags(enabled=options.device != "cpu")
-    with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=options.work) as name, world(options.device), onednn:
+    folder = tempfile.TemporaryDirectory(prefix="gpu-check-", dir=options.work)
+    with folder as name, world(options.device), onednn, torch.no_grad():
         checks, timings = everything(Run(options.device, options.quick, Path(name)))
     if options.write:
         options.write.write_text(report(checks, timings, options))

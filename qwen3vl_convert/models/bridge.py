@@ -10,123 +10,28 @@
 Names are Megatron-Bridge's. Weight methods are called by all ranks at once; see `live`.
 """
 
-import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from qwen3vl_convert.checksum import crc32
 from qwen3vl_convert.config_fields import MODEL_TYPES
-from qwen3vl_convert.conversion import Conversion, said
-from qwen3vl_convert.dims import CONFIG_FILE, Dims, read_config
-from qwen3vl_convert.errors import ConfigError, ConvertError, UsageError
-from qwen3vl_convert.fill import Key, key_of
-from qwen3vl_convert.huggingface.config import config_json, portable_config
-from qwen3vl_convert.huggingface.files import auxiliary_files
-from qwen3vl_convert.huggingface.hub import Resolved, resolve
-from qwen3vl_convert.huggingface.target import huggingface_target
-from qwen3vl_convert.manifest import MANIFEST, manifest_text, refuse_own_source
+from qwen3vl_convert.errors import ConvertError, UsageError
+from qwen3vl_convert.huggingface.config import portable_config
 from qwen3vl_convert.mappings import MappingRegistry, mapping_registry
 from qwen3vl_convert.megatron.run_config import provider_fields
-from qwen3vl_convert.model import EMBEDDING, HuggingFaceModel, open_huggingface
-from qwen3vl_convert.models.live import (
-    WHERE,
-    Export,
-    HFWeightTuple,
-    Loaded,
-    export_weights,
-    load_weights,
-    open_export,
-    rank,
-    together,
-)
+from qwen3vl_convert.model import HuggingFaceModel
+from qwen3vl_convert.models.live import Export, HFWeightTuple, Loaded, export_weights, load_weights, open_export
 from qwen3vl_convert.models.provider import Qwen3VLModelProvider, Qwen3VLMoEModelProvider
-from qwen3vl_convert.plan import Job, Plan, Target
-from qwen3vl_convert.seal import Staging, check_space, check_written, publishing, refuse_existing
-from qwen3vl_convert.storage import WEIGHT_DTYPES
-from qwen3vl_convert.strided import write_from
-from qwen3vl_convert.to_huggingface import DEFAULT_SHARD_BYTES
+from qwen3vl_convert.models.ranks import rank, together
+from qwen3vl_convert.models.saving import save_export
+from qwen3vl_convert.models.source import Source, read_source
+from qwen3vl_convert.seal import refuse_existing
 
 Provider = Qwen3VLModelProvider | Qwen3VLMoEModelProvider
-
-
-# ---- what a bridge is given ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """A Hugging Face model: its config in whatever spelling, and `name`, the folder or Hub id of its weights, if any.
-
-    `parsed` is transformers' own config object where one was given.
-    """
-
-    config: dict[str, Any]
-    name: str | Path | None
-    where: str
-    revision: str | None = None
-    parsed: Any = None
-
-    @cached_property
-    def dims(self) -> Dims:
-        return Dims.from_config(self.config, self.where)
-
-    def resolved(self, weights: bool) -> Resolved | None:
-        """The folder, downloaded where it is the Hub's; None without a name."""
-        return None if self.name is None else resolve(self.name, weights=weights, revision=self.revision)
-
-    @cached_property
-    def opened(self) -> HuggingFaceModel | None:
-        """The checkpoint, whose headers are read; None where there is only a config."""
-        resolved = self.resolved(weights=True)
-        if resolved is None or not any(resolved.folder.glob("*.safetensors")):
-            return None
-        return open_huggingface(resolved.folder)
-
-    @property
-    def dtype(self) -> str:
-        """What the weights are in, else what the config claims, else bfloat16, as all published models."""
-        if self.name is not None and Path(self.name).is_dir() and self.opened is not None:
-            return self.opened.tensors[EMBEDDING[1]].dtype
-        claimed = self.dims.dtype or "bfloat16"
-        if claimed not in WEIGHT_DTYPES:
-            raise ConfigError(f"{self.where}: dtype: expected one of {', '.join(WEIGHT_DTYPES)}, found {claimed}.")
-        return claimed
-
-
-def read_source(hf: Any, revision: str | None = None) -> Source:
-    """A Hugging Face model from a folder, a Hub id, a parsed config.json, an opened checkpoint, or transformers'
-    config object or model.
-
-    A model of transformers gives its config only: its weights in memory may be others than those in its folder.
-    """
-    if isinstance(hf, Source):
-        return hf
-    if isinstance(hf, str | Path):
-        folder = resolve(hf, weights=False, revision=revision).folder
-        return Source(read_config(folder), hf, str(folder / CONFIG_FILE), revision)
-    if isinstance(hf, HuggingFaceModel):
-        checkpoint = hf.checkpoint
-        return Source(checkpoint.config, checkpoint.folder, str(checkpoint.folder / CONFIG_FILE))
-    if isinstance(hf, Mapping):
-        return Source(dict(hf), None, "the given config")
-    if hasattr(hf, "to_json_string"):
-        # All of it: what equals a class default is a fact too, and transformers' generations differ in defaults.
-        return Source(json.loads(hf.to_json_string(use_diff=False)), None, f"the given {type(hf).__name__}", parsed=hf)
-    if hasattr(hf, "config"):
-        name = None if isinstance(hf, torch.nn.Module) else getattr(hf, "model_name_or_path", None)
-        return replace(read_source(hf.config), name=name)
-    raise UsageError(
-        f"{type(hf).__name__}: expected a model folder, a Hub id, a config of transformers or a parsed config.json."
-    )
 
 
 # ---- the bridges -----------------------------------------------------------------------------------------------------
@@ -251,7 +156,7 @@ class _Bridge:
         if check_replicas:
             export.check_replicas()
         source = self._source() if source_path is None else self._own(read_source(source_path))
-        _save(export, source, Path(folder), max_shard_bytes, overwrite)
+        save_export(export, source, Path(folder), max_shard_bytes, overwrite)
 
     def _export(self, model: Any, experts_layout: str, dtype: str) -> Export:
         with together():
@@ -385,9 +290,6 @@ def _hf_configs(source: Source, fields: Mapping[str, Any]) -> tuple[Any, Any]:
     return config.vision_config, config.text_config
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
-
-
 def _written_layout(option: str, opened: HuggingFaceModel | None) -> str:
     if option not in ("hub", "v5", "per-expert", "match"):
         raise UsageError(f"experts_layout={option!r}: expected hub, v5, per-expert or match.")
@@ -395,89 +297,3 @@ def _written_layout(option: str, opened: HuggingFaceModel | None) -> str:
         return option
     layout = "hub" if opened is None else opened.model.experts_layout
     return layout if layout in ("v5", "per-expert") else "hub"
-
-
-def _save(export: Export, source: Source, path: Path, max_shard_bytes: int | None, overwrite: bool) -> None:
-    """Rank 0 lays the files out, fills them tensor by tensor and publishes them; every step succeeds on all ranks or
-    none.
-    """
-    first = rank() == 0
-    crcs: dict[Key, int] = {}
-    with ExitStack() as stack:
-        with together():
-            plan = export.plan(_target(export, source, max_shard_bytes) if first else None)
-            staging = stack.enter_context(_laid_out(plan, path, overwrite)) if first else None
-        jobs = {job.name: job for job in plan.jobs}
-        for name, _, _ in export.entries:
-            tensor = export.tensor(jobs[name], only_rank0=True)
-            with together():
-                if staging is not None:
-                    crcs[key_of(jobs[name].chunk)] = _write(tensor, jobs[name], plan, staging)
-        with together():
-            if staging is not None:
-                _publish(plan, staging, crcs, _record(export, source, plan))
-
-
-def _target(export: Export, source: Source, max_shard_bytes: int | None) -> Target:
-    """The files to write: the split, the config and the auxiliary files of the source, where it has them."""
-    model, opened = export.opened.model, source.opened
-    if (source.dims.sizes(), source.dims.tied) != (model.dims.sizes(), model.dims.tied):
-        raise UsageError(
-            f"{source.where}: is the config of a model of other sizes. Pass one of the model that is saved."
-        )
-    dtypes = {name: dtype for name, dtype, _ in export.entries}
-    config = portable_config(source.config, model.dims, dtypes[EMBEDDING[1]], model.experts_layout)
-    text: bytes | Path = config_json(config).encode()
-    if opened is not None and config == source.config:
-        text = (opened.checkpoint.folder / CONFIG_FILE).resolve()
-    split = None
-    if opened is not None and max_shard_bytes is None and len(opened.checkpoint.files) > 1:
-        split = opened.checkpoint.shard_of
-    resolved = source.resolved(weights=False)
-    auxiliary = () if resolved is None else auxiliary_files(resolved.folder)
-    return huggingface_target(list(export.entries), text, auxiliary, max_shard_bytes or DEFAULT_SHARD_BYTES, split)
-
-
-@contextmanager
-def _laid_out(plan: Plan, path: Path, overwrite: bool) -> Iterator[Staging]:
-    """The files at their final size beside `path`, to be filled; removed on an error."""
-    refuse_own_source(replace(plan, source={}), path)  # its source is no file
-    check_space(path, plan.target.nbytes)
-    with publishing(path, "", overwrite=overwrite) as staging:
-        staging.lay_out(plan.target)
-        yield staging
-
-
-def _write(tensor: Tensor, job: Job, plan: Plan, staging: Staging) -> int:
-    """Write one tensor and read it back; returns the CRC-32 of its bytes."""
-    content = tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
-    file = staging.content / job.chunk.file
-    descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        write_from(descriptor, memoryview(content), job.chunk.start, file)
-    finally:
-        os.close(descriptor)
-    crc = int(crc32(content))
-    alone = replace(plan, target=Target({}, {}), jobs=(job,))
-    check_written(alone, staging.content, {key_of(job.chunk): crc}, 1, _unheard)
-    return crc
-
-
-def _publish(plan: Plan, staging: Staging, crcs: dict[Key, int], record: Conversion) -> None:
-    check_written(replace(plan, jobs=()), staging.content, crcs, 1, _unheard)
-    (staging.content / MANIFEST).write_text(manifest_text(record, crcs))
-    staging.publish(fsync=True)
-
-
-def _unheard(nbytes: int) -> None:
-    """Nobody is told how far it is."""
-
-
-def _record(export: Export, source: Source, plan: Plan) -> Conversion:
-    """What the manifest says of a folder that came from a live model."""
-    resolved = source.resolved(weights=False)
-    options = {
-        "config": None if resolved is None else said(resolved),
-        "experts_layout": export.opened.model.experts_layout,
-    }
-    return Conversion("megatron-to-hf", str(WHERE), export.opened.model, plan, options, list, (), MANIFEST, ())

@@ -14,7 +14,6 @@ import math
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,6 @@ from qwen3vl_convert.checksum import crc32
 from qwen3vl_convert.conversion import padding_of, target_dtypes
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import (
-    ConvertError,
     DuplicateTensors,
     InputError,
     MisshapenTensor,
@@ -44,6 +42,7 @@ from qwen3vl_convert.mappings import View
 from qwen3vl_convert.megatron.metadata import tiling_problem
 from qwen3vl_convert.megatron.stored import Stored
 from qwen3vl_convert.model import HuggingFaceModel, Model, complete_megatron
+from qwen3vl_convert.models.ranks import everyones, meeting_device, rank, ranks, together
 from qwen3vl_convert.plan import ChunkIndex, Job, Link, Plan, Target, links, make_plan, pieces
 from qwen3vl_convert.storage import DTYPES, WEIGHT_DTYPES, Chunk, StoredTensor
 
@@ -375,7 +374,7 @@ class Export:
         Each element comes from the one rank that counts for it and is zero on all others: the sum is its bits.
         """
         with together(), torch.no_grad():
-            device = _meeting_device(self.live.device)
+            device = meeting_device(self.live.device)
             dtype: torch.dtype = getattr(torch, job.dtype)
             bits = torch.zeros(job.chunk.sizes, dtype=_INTEGERS[dtype.itemsize], device=device)
             for link in job.links:
@@ -407,7 +406,7 @@ class Export:
             least, most = (torch.full((len(boxes),), value, dtype=torch.int64) for value in (1 << 32, -1))
             for at, crc in sums.items():
                 least[at] = most[at] = crc
-            device = _meeting_device(self.live.device)
+            device = meeting_device(self.live.device)
             least, most = least.to(device), most.to(device)
         if ranks() > 1:
             dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -472,69 +471,5 @@ def _crc(shard: Shard) -> int:
     return int(crc32(shard.bits().cpu().contiguous().numpy().data))
 
 
-# ---- the ranks -------------------------------------------------------------------------------------------------------
-
-
-def rank() -> int:
-    """This process among those that hold the model; 0 where there is no process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks() -> int:
-    """How many processes hold the model."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def everyones(value: Any) -> list[Any]:
-    """What each rank gave, by rank."""
-    found: list[Any] = [value] * ranks()
-    if ranks() > 1:
-        dist.all_gather_object(found, value)
-    return found
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """A step that succeeds on all ranks or on none: an exception on one is raised on all.
-
-    Without it the others would wait for ever in the next collective call.
-    """
-    failure: BaseException | None = None
-    try:
-        yield
-    except BaseException as error:  # noqa: BLE001  also Ctrl-C: the others must hear of it
-        failure = error
-    if not _on_any_rank(failure is not None):
-        return
-    said = failure if isinstance(failure, ConvertError) or failure is None else ConvertError(repr(failure))
-    theirs = everyones(said)
-    if failure is not None:
-        raise failure
-    number, first = next((number, said) for number, said in enumerate(theirs) if said is not None)
-    raise type(first)(f"rank {number}: {first}")
-
-
-def _on_any_rank(here: bool) -> bool:
-    if ranks() == 1:
-        return here
-    flag = torch.tensor([int(here)], device=_meeting_device())
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag.item())
-
-
 def _rank_path(number: int) -> Path:
     return Path(f"rank {number}")
-
-
-def _meeting_device(near: torch.device | None = None) -> torch.device:
-    """Where tensors must lie to be summed over the ranks: `near`, if the ranks can speak from there.
-
-    NCCL speaks for GPUs only; gloo is used from the CPU, whatever it says of GPUs.
-    """
-    near = near or torch.device("cpu")
-    if ranks() == 1:
-        return near
-    backends = dict(one.split(":") for one in dist.get_backend_config().split(","))
-    if near.type in backends and (near.type == "cpu" or backends[near.type] != "gloo"):
-        return near
-    return torch.device("cpu") if "cpu" in backends else torch.device("cuda", torch.cuda.current_device())

@@ -165,11 +165,12 @@ def said(step: Callable[[], object]) -> tuple[str, str]:
 def failures(world: Any, case: Case) -> dict[str, tuple[str, str]]:
     """What goes wrong on one rank is raised on both, and leaves nothing behind."""
     from qwen3vl_convert.errors import OutputError
-    from qwen3vl_convert.models import bridge as module
+    from qwen3vl_convert.models import saving as module
+    from qwen3vl_convert.models.bridge import AutoBridge
     from qwen3vl_convert.models.live import Export
 
     first = torch.distributed.get_rank() == 0
-    bridge = module.AutoBridge.from_hf_pretrained(case.folder)
+    bridge = AutoBridge.from_hf_pretrained(case.folder)
     model = build(world, case, bridge)[0]
     found = {}
     for name, here in (("unknown parameter", first), ("unknown replica", not first)):

@@ -8,22 +8,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from models.planted import FAULTS, lively_checkpoint
 from models.prompts import MAKERS, Prompt, make_prompt
+from models.sides import load_theirs, our_logits, their_logits
 from qwen3vl_convert.make import SIZES
 
-transformers: Any = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 pytestmark = [pytest.mark.megatron, pytest.mark.transformers]
 
-GENERATION = int(transformers.__version__.split(".")[0])
 TOLERANCE = 2e-5
 """The greatest difference of two logits. Sums in another order make up to a quarter of it, with these weights, and the
 least of the faults 35 times as much.
@@ -41,7 +39,8 @@ class Pair:
 
     def difference(self, prompt: Prompt) -> float:
         """The greatest, over all tokens that are no padding."""
-        ours, theirs = our_logits(self.ours, prompt), their_logits(self.theirs, prompt)
+        with torch.no_grad():
+            ours, theirs = our_logits(self.ours, prompt), their_logits(self.theirs, prompt)
         assert ours.shape == theirs.shape
         assert theirs[prompt.valid].std(dim=-1).min() > 0.1, "logits that are all the same compare nothing"
         return float((ours - theirs)[prompt.valid].abs().max())
@@ -51,43 +50,11 @@ def prompt_for(pair: Pair, name: str) -> Prompt:
     return make_prompt(name, pair.theirs.config.to_dict())
 
 
-@torch.no_grad()
-def our_logits(model: Any, prompt: Prompt) -> Tensor:
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    inputs: dict[str, Any] = prompt.inputs()
-    if prompt.alone:
-        ends, longest = prompt.cu_seqlens, int(prompt.cu_seqlens.diff().max())
-        inputs["packed_seq_params"] = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
-    logits: Tensor = model(**inputs)
-    return logits
-
-
-@torch.no_grad()
-def their_logits(model: Any, prompt: Prompt) -> Tensor:
-    """Packed sequences one by one. With a mask always: without, 4.57 takes positions that jump for packed sequences."""
-    if prompt.alone:
-        return torch.cat([their_logits(model, one) for one in prompt.alone], dim=1)
-    inputs = prompt.inputs() | {"attention_mask": prompt.attention_mask}
-    if GENERATION >= 5:
-        inputs["mm_token_type_ids"] = prompt.mm_token_type_ids
-    logits: Tensor = model(**inputs).logits
-    return logits
-
-
 def build_ours(bridge: Any) -> Any:
     provider = bridge.to_megatron_provider()
     provider.finalize()
     model = provider.provide()
     bridge.load_hf_weights(model)
-    return model.eval()
-
-
-def build_theirs(folder: Path) -> Any:
-    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(info.values()), info
     return model.eval()
 
 
@@ -102,7 +69,7 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
     @cache
     def pair(name: str) -> Pair:
         folder = lively_checkpoint(tmp_path_factory.mktemp("model") / name, MODELS[name])
-        return Pair(build_ours(AutoBridge.from_hf_pretrained(folder)), build_theirs(folder))
+        return Pair(build_ours(AutoBridge.from_hf_pretrained(folder)), load_theirs(folder))
 
     with single_process():
         yield pair

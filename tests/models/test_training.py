@@ -22,15 +22,15 @@ from torch.nn import functional
 
 from models.planted import lively_checkpoint
 from models.prompts import Prompt, make_prompt
+from models.sides import load_theirs, our_inputs, our_logits, their_logits, transformers_release
 from qwen3vl_convert.make import SIZES
 from reference import load_huggingface
 
-transformers: Any = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 pytestmark = [pytest.mark.megatron, pytest.mark.transformers]
 
-GENERATION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-EXPERTS = "v5" if GENERATION >= (5, 2) else "hub"
+EXPERTS = "v5" if transformers_release() >= (5, 2) else "hub"
 """How transformers holds experts in memory."""
 TOLERANCE = 1e-4
 """Of gradients: the greatest difference in a tensor, as a share of its largest value. Found are up to 1e-5."""
@@ -61,7 +61,7 @@ class Ours:
 
     def losses(self, prompt: Prompt) -> Tensor:
         """Of each token [B, S]."""
-        losses: Tensor = self.model(**inputs_of(prompt), labels=labels_of(prompt))
+        losses: Tensor = self.model(**our_inputs(prompt), labels=labels_of(prompt))
         return losses
 
     def loss(self, prompt: Prompt) -> Tensor:
@@ -83,16 +83,6 @@ class Ours:
         return found
 
 
-def inputs_of(prompt: Prompt) -> dict[str, Any]:
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    if not prompt.alone:
-        return dict(prompt.inputs())
-    ends, longest = prompt.cu_seqlens, int(prompt.cu_seqlens.diff().max())
-    packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
-    return {**prompt.inputs(), "packed_seq_params": packed}
-
-
 def labels_of(prompt: Prompt) -> Tensor:
     """The token after each; what that is after the last is nothing that `counted` lets in."""
     return prompt.input_ids.roll(-1, dims=1)
@@ -112,13 +102,8 @@ def mean(losses: Tensor, prompt: Prompt) -> Tensor:
 
 
 def their_losses(model: Any, prompt: Prompt) -> Tensor:
-    """Of each token [B, S], by transformers. Packed sequences one by one."""
-    if prompt.alone:
-        return torch.cat([their_losses(model, one) for one in prompt.alone], dim=1)
-    inputs = prompt.inputs() | {"attention_mask": prompt.attention_mask}
-    if GENERATION >= (5, 0):
-        inputs["mm_token_type_ids"] = prompt.mm_token_type_ids
-    return functional.cross_entropy(model(**inputs).logits.transpose(1, 2), labels_of(prompt), reduction="none")
+    """Of each token [B, S], by transformers."""
+    return functional.cross_entropy(their_logits(model, prompt).transpose(1, 2), labels_of(prompt), reduction="none")
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +139,6 @@ def built(folder: Path, **settings: Any) -> Ours:
     return Ours(bridge, model.train())
 
 
-def theirs(folder: Path) -> Any:
-    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(info.values()), info
-    return model
-
-
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +160,7 @@ def both_gradients(ours: Ours, folder: Path, prompt: Prompt) -> tuple[dict[str, 
     """Of the mean loss, ours and transformers', after a check that the losses themselves are the same."""
     losses = ours.losses(prompt)
     mean(losses, prompt).backward()
-    other = theirs(folder)
+    other = load_theirs(folder)
     expected = their_losses(other, prompt)
     mean(expected, prompt).backward()
     assert losses.shape == prompt.input_ids.shape
@@ -372,10 +349,9 @@ def test_what_was_trained_is_the_same_model_in_transformers(
     losses = train(ours, prompt, 2)
     ours.bridge.save_hf_pretrained(ours.model, tmp_path / "trained")
     with torch.no_grad():
-        found, expected = ours.losses(prompt), their_losses(theirs(tmp_path / "trained"), prompt)
-        logits = ours.model.eval()(**prompt.inputs())
-        inputs = {"mm_token_type_ids": prompt.mm_token_type_ids} if GENERATION >= (5, 0) else {}
-        other = theirs(tmp_path / "trained").eval()(**prompt.inputs(), **inputs).logits
+        found, expected = ours.losses(prompt), their_losses(load_theirs(tmp_path / "trained"), prompt)
+        logits = our_logits(ours.model.eval(), prompt)
+        other = their_logits(load_theirs(tmp_path / "trained"), prompt)
     assert mean(found, prompt).item() < losses[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=LOGITS)
     torch.testing.assert_close(logits, other, rtol=0, atol=LOGITS)
@@ -423,10 +399,10 @@ def test_the_page_answers_as_transformers_does(after_the_page: Path) -> None:
     ids = torch.tensor([[11, 12, 13, 502, *[500] * 6, 503, 21, 22, 23, 24, 25]])
     pixels = torch.randn(24, 1536, generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 6]])}
-    if GENERATION >= (5, 0):
+    if transformers_release() >= (5, 0):
         inputs["mm_token_type_ids"] = (ids == 500).long()
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    expected = theirs(after_the_page / "trained").eval().generate(**inputs, **options)
+    expected = load_theirs(after_the_page / "trained").generate(**inputs, **options)
     assert torch.equal(answer, expected[:, ids.shape[1] :])
 
 
