@@ -47,6 +47,7 @@ def test_has_the_parameters_that_were_published(size: str) -> None:
     assert (count(model), count(model.vision_model)) == PARAMETERS[size]
 
 
+@pytest.mark.slow
 def test_the_smallest_runs_with_an_image_and_a_video() -> None:
     model = on_meta("2b").eval()
     fill(model)
