@@ -41,13 +41,15 @@ def get_rope_index(
 ) -> tuple[Tensor, Tensor]:
     """Positions [3, B, S], and per sequence what to add to a number of tokens to get the next position [N, 1]; int64.
 
-    image_grid_thw, video_grid_thw: [G, 3] in patches, a row per image and per video, in the order of the prompt through
-    the whole batch. Without a grid the tokens of its kind count as text.
-    attention_mask_BS: 0 is padding, anywhere in a row. The other tokens stand as if it were not there; it stands at 0.
-    cu_seqlens: [N + 1], where the sequences packed into the one row start, and where the last ends; each counts from 0.
-    Of Megatron-Core's `PackedSeqParams` that is `cu_seqlens_q_padded` where there is one, else `cu_seqlens_q`.
-    vision_start_token_id: part of this function's usual signature and not needed here: the grids say where a block
-    ends, so that two may be adjacent.
+    - `image_grid_thw`, `video_grid_thw`: [G, 3] in patches, a row per image and per video, in the order of the prompt
+      through the whole batch. Without a grid the tokens of its kind count as text.
+    - `attention_mask_BS`: 0 is padding, anywhere in a row. The other tokens stand as if it were not there; it stands
+      at 0.
+    - `cu_seqlens`: [N + 1], where the sequences packed into the one row start, and where the last ends; each counts
+      from 0. Of Megatron-Core's `PackedSeqParams` that is `cu_seqlens_q_padded` where there is one, else
+      `cu_seqlens_q`.
+    - `vision_start_token_id`: part of this function's usual signature and not needed here: the grids say where a block
+      ends, so that two may be adjacent.
 
     Whether tokens and grids agree is not looked at, see `check_visual_tokens`: if they do not, positions are wrong.
     """
