@@ -18,9 +18,8 @@ PYTHON312 ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12*/bin/p
 
 INPUTS := pyproject.toml setup.py constraints.txt
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
-# The oldest transformers that is supported, and what it needs older than constraints.txt says.
+# The oldest transformers that is supported, with what it needs older than constraints.txt says. It needs requests too.
 OLDEST := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
-OLDER_NAMES := transformers|huggingface_hub|tokenizers
 
 say = @echo "==> $(1)"
 
@@ -46,13 +45,16 @@ help:  ## this list
 	@.venv-3.12/$(PIP_INSTALL) -c constraints.txt -e '.[test,megatron,transformers]'
 	@touch $@
 
-.venv-tf4/ready: $(INPUTS) Makefile
-	$(call say,Setting up .venv-tf4: the same with the oldest transformers that is supported)
+# Its own transformers, and from .venv all that it has not got itself.
+.venv-tf4/ready: .venv/ready Makefile
+	$(call say,Setting up .venv-tf4: .venv with the oldest transformers that is supported)
 	@$(PYTHON) -m venv .venv-tf4
-	@grep -vE '^($(OLDER_NAMES))==' constraints.txt > .venv-tf4/constraints.txt
-	@printf '%s\n' $(OLDEST) >> .venv-tf4/constraints.txt
-	@.venv-tf4/$(PIP_INSTALL) -c .venv-tf4/constraints.txt torch
-	@.venv-tf4/$(PIP_INSTALL) -c .venv-tf4/constraints.txt -e '.[test,megatron,transformers]'
+	@.venv-tf4/$(PIP_INSTALL) -c constraints.txt requests
+	@.venv-tf4/$(PIP_INSTALL) --no-deps $(OLDEST)
+	@packages=$$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	own=$$(.venv-tf4/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$packages')" > "$$own/rest.pth"
+	@.venv-tf4/bin/python -c 'import importlib.metadata as m; assert m.version("transformers") == "$(word 2,$(subst ==, ,$(firstword $(OLDEST))))"'
 	@touch $@
 
 setup: .venv/ready  ## the environment of all targets but the two below
