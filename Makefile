@@ -92,7 +92,7 @@ endif
 
 test-oldest-transformers: setup-oldest-transformers  ## the tests marked `transformers`, on its oldest supported release
 	$(call say,Testing what is marked transformers with $(firstword $(OLDEST)))
-	@.venv-tf4/$(PYTEST) -m transformers $(PYTEST_ARGS)
+	@.venv-tf4/$(PYTEST) -m "transformers and not slow" $(PYTEST_ARGS)
 
 lint: setup  ## ruff, mypy strict; pyright where it is installed
 	$(call say,Checking style and types)
