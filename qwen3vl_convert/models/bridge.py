@@ -106,7 +106,10 @@ class _Bridge:
         with together():
             opened = source.opened
             if opened is None:
-                raise UsageError(f"{source.where} has no weights: pass hf_path, a folder or a Hub id that has.")
+                raise UsageError(
+                    f"{source.where}: expected weights beside it, found none. Pass load_hf_weights "
+                    f"hf_path=, a folder or a Hub id that has them."
+                )
         return load_weights(model, opened, allow_dtype_cast=allow_dtype_cast)
 
     def export_hf_weights(

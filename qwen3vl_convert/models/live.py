@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from qwen3vl_convert.checksum import crc32
@@ -150,6 +151,11 @@ def _shards(chunks: Iterable[Any]) -> Iterator[Shard]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 
+    if not parallel_state.model_parallel_is_initialized():
+        raise UsageError(
+            f"{WHERE}: expected the process groups that it was built with, found none. Load and save within the same "
+            f"single_process() or parallel_world(...)."
+        )
     for chunk in chunks:
         state = chunk.sharded_state_dict(prefix="", metadata=dict(_METADATA))
         apply_factories(state)  # gate and up of a SwiGLU, which are one parameter and two chunks

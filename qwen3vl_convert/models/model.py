@@ -35,10 +35,16 @@ class VisualInput:
 
     def joined(self) -> tuple[Tensor, Tensor] | None:
         """(patches, grids): images first, videos after them. None if there is neither."""
-        patches = [part for part in (self.pixel_values, self.pixel_values_videos) if part is not None]
-        grids = [part.cpu() for part in (self.image_grid_thw, self.video_grid_thw) if part is not None]
-        if len(patches) != len(grids):
-            raise ValueError("Images and videos: expected pixels and grids of each; one of them is missing.")
+        kinds = {
+            ("pixel_values", "image_grid_thw"): (self.pixel_values, self.image_grid_thw),
+            ("pixel_values_videos", "video_grid_thw"): (self.pixel_values_videos, self.video_grid_thw),
+        }
+        for names, (pixels, grid) in kinds.items():
+            if (pixels is None) != (grid is None):
+                missing, given = names if pixels is None else names[::-1]
+                raise ValueError(f"{missing}: expected it with {given}, found None. Pass both, or neither.")
+        patches = [pixels for pixels, _ in kinds.values() if pixels is not None]
+        grids = [grid.cpu() for _, grid in kinds.values() if grid is not None]
         return (torch.cat(patches), torch.cat(grids)) if patches else None
 
     def image_features(self, merge_unit: int) -> int:
@@ -198,6 +204,8 @@ class Qwen3VLModel(MegatronModule):  # type: ignore[misc]
     ) -> Tensor:
         """Loss [B, S] of each token if `labels` [B, S] are given, else logits [B, S, vocab].
 
+        A negative label, Hugging Face's -100, costs nothing: its loss is 0 and has no gradient.
+
         A stage that is not the last returns its hidden states [S, B, h].
 
         All stages take the same arguments (positions follow from ids and grids); pixels are read on the first alone.
@@ -234,18 +242,19 @@ class Qwen3VLModel(MegatronModule):  # type: ignore[misc]
         block_kwargs = dict(extra_block_kwargs or {})
         if deepstack is not None:
             block_kwargs["context"] = self._scattered(deepstack).transpose(0, 1)
-        return self.language_model(  # type: ignore[no-any-return]
+        output: Tensor = self.language_model(
             input_ids=cut.along(input_ids, 1),
             position_ids=cut.along(position_ids, 2),
             attention_mask=_megatron_mask(attention_mask, packed_seq_params, context),
             decoder_input=None if embeddings is None else self._scattered(embeddings),
-            labels=labels,
+            labels=None if labels is None else labels.clamp(min=0),
             loss_mask=loss_mask,
             inference_context=context,
             packed_seq_params=packed_seq_params,
             extra_block_kwargs=block_kwargs,
             runtime_gather_output=runtime_gather_output if context is None else True,
         )
+        return output.masked_fill(labels < 0, 0.0) if labels is not None and self.post_process else output
 
     # ---- positions ---------------------------------------------------------------------------------------------------
 

@@ -155,6 +155,19 @@ class TestInOneProcess:
         )  # fmt: skip
         assert found["no weights"][0] == "UsageError"
 
+    def test_process_groups_that_are_gone(self, tmp_path: Path) -> None:
+        from qwen3vl_convert.models import AutoBridge, single_process
+
+        make_checkpoint(tmp_path / "hf", replace(DENSE, layers=1))
+        bridge = AutoBridge.from_hf_pretrained(tmp_path / "hf")
+        with single_process():
+            model = bridge.to_megatron_provider().provide()
+        with pytest.raises(UsageError, match="within the same single_process"):
+            bridge.load_hf_weights(model)
+        with pytest.raises(UsageError, match="within the same single_process"):
+            bridge.save_hf_pretrained(model, tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+
     def test_wider_parameters_take_and_give_the_same_bits(self, tmp_path: Path) -> None:
         full: dict[str, Any] = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}
         case = made(tmp_path, DENSE, **full)

@@ -150,6 +150,16 @@ def test_labels_give_the_cross_entropy_of_each_token(model: Any) -> None:
 
 
 @BOTH
+def test_a_negative_label_costs_nothing(model: Any) -> None:
+    """As Hugging Face has it: -100 is left out. What is lost on the others is the same."""
+    ids, labels = text(rows=2), text(rows=2, seed=4)
+    labels[0, :3] = labels[1, -1] = -100
+    expected = torch.nn.functional.cross_entropy(model(ids).transpose(1, 2), labels, reduction="none")
+    assert expected.count_nonzero() == labels.numel() - 4
+    same(model(ids, labels=labels), expected)
+
+
+@BOTH
 def test_images_and_videos_change_what_follows_and_nothing_before(model: Any) -> None:
     inputs = batch()
     other = inputs | {"pixel_values": inputs["pixel_values"].flip(0)}
@@ -271,7 +281,7 @@ def test_masks_say_where_features_go(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"pixel_values": None}, "expected pixels and grids of each"),
+        ({"pixel_values": None}, "pixel_values: expected it with image_grid_thw"),
         ({"image_grid_thw": torch.tensor([[1, 4, 6]])}, "image"),
         ({"pixel_values": torch.zeros(47, 1536)}, "Patches: the grids"),
         ({"image_grid_thw": None, "pixel_values": None}, "image"),
