@@ -52,6 +52,7 @@ PIECE_BYTES = 8 << 20
 _METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 """How today's trainers have Megatron-Core name what it stores."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+JobsByBox = dict[tuple[str, tuple[int, ...], tuple[int, ...]], Job]
 _EXACT = {("bfloat16", "float32"), ("float16", "float32")}
 """Casts that change no value."""
 
@@ -110,13 +111,16 @@ class LiveModel:
         return {key: ChunkIndex(replace(self.tensors[key], chunks=tuple(chunks))) for key, chunks in held.items()}
 
 
-def read_live(model: Any) -> LiveModel:
+def read_live(model: Any, *, weightless: bool = False) -> LiveModel:
     """The shards of a model, a MegatronModule or its virtual-pipeline chunks, put together from all ranks.
 
-    Raises `TensorError`'s kinds unless the shards that count tile every tensor exactly.
+    `weightless`: it may be on the meta device, without memory. Raises `TensorError`'s kinds unless the shards that
+    count tile every tensor exactly.
     """
     with together():
-        shards = tuple(_shards(unwrapped(model)))
+        shards = tuple(shard for _, shard in parameter_shards(unwrapped(model)))
+        for shard in shards:
+            _check_plain(shard.key, shard.data, weightless)
         said = [(s.key, s.shape, s.dtype, s.offsets, s.sizes, n) for n, s in enumerate(shards) if s.main]
     tensors: dict[str, StoredTensor] = {}
     chunks: dict[str, list[Chunk]] = defaultdict(list)
@@ -147,9 +151,10 @@ def unwrapped(model: Any) -> list[Any]:
     return chunks
 
 
-def _shards(chunks: Iterable[Any]) -> Iterator[Shard]:
+def parameter_shards(chunks: Iterable[Any]) -> Iterator[tuple[Tensor, Shard]]:
+    """Every shard of this rank with the parameter whose memory it lies over, in the order of `sharded_state_dict`."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
     if not parallel_state.model_parallel_is_initialized():
         raise UsageError(
@@ -157,18 +162,19 @@ def _shards(chunks: Iterable[Any]) -> Iterator[Shard]:
             f"single_process() or parallel_world(...)."
         )
     for chunk in chunks:
-        state = chunk.sharded_state_dict(prefix="", metadata=dict(_METADATA))
-        apply_factories(state)  # gate and up of a SwiGLU, which are one parameter and two chunks
-        for value in nested_values(state):
-            if isinstance(value, ShardedTensor):
-                data = value.data.detach()
-                _check_plain(value.key, data)
-                data = data[(None,) * value.prepend_axis_num]
-                shape, offsets = tuple(map(int, value.global_shape)), tuple(map(int, value.global_offset))
-                yield Shard(value.key, shape, offsets, data, is_main_replica(value.replica_id))
+        for value in nested_values(chunk.sharded_state_dict(prefix="", metadata=dict(_METADATA))):
+            # gate and up of a SwiGLU are one parameter and two chunks
+            parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else (value,)
+            for part in parts:
+                if isinstance(part, ShardedTensor):
+                    data = part.data.detach()[(None,) * part.prepend_axis_num]
+                    shape, offsets = tuple(map(int, part.global_shape)), tuple(map(int, part.global_offset))
+                    yield value.data, Shard(part.key, shape, offsets, data, is_main_replica(part.replica_id))
 
 
-def _check_plain(key: str, data: Tensor) -> None:
+def _check_plain(key: str, data: Tensor, weightless: bool) -> None:
+    if weightless and data.is_meta:
+        return
     dtype = str(data.dtype).removeprefix("torch.")
     if type(data) is not Tensor or data.is_meta or dtype not in WEIGHT_DTYPES:
         kind = "without memory (meta)" if data.is_meta else f"{type(data).__name__} of {dtype}"
@@ -246,12 +252,12 @@ def load_weights(
     with together():
         _check_parameters(unwrapped(model), live.shards)
         plan = _loading_plan(live, source, allow_dtype_cast)
-        jobs = {(job.name, job.chunk.offsets, job.chunk.sizes): job for job in plan.jobs}
-        mine = [(shard, _job_of(shard, jobs)) for shard in live.shards]
+        jobs = jobs_by_box(plan)
+        mine = [(shard, job_of(shard, jobs)) for shard in live.shards]
         notes = source.check_data() if rank() == 0 else []
     with together(), torch.no_grad():
         buffer = bytearray(piece_bytes)
-        counts = [_fill(shard, job, plan, buffer) for shard, job in mine]
+        counts = [fill_shard(shard, job, plan, buffer) for shard, job in mine]
     read, mapped = (sum(column) for column in zip((0, 0), *counts, strict=True))
     return Loaded(len(mine), sum(shard.data.numel() for shard, _ in mine), read, mapped, tuple(notes))
 
@@ -286,7 +292,13 @@ def _check_exact(tensor: StoredTensor, sources: Iterable[StoredTensor]) -> None:
             )
 
 
-def _job_of(shard: Shard, jobs: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Job]) -> Job:
+def jobs_by_box(plan: Plan) -> JobsByBox:
+    """The jobs of a plan by the box of the tensor that each fills."""
+    return {(job.name, job.chunk.offsets, job.chunk.sizes): job for job in plan.jobs}
+
+
+def job_of(shard: Shard, jobs: JobsByBox) -> Job:
+    """What fills a shard. Raises `MissingTensors` for a replica of what no rank holds first."""
     job = jobs.get((shard.key, shard.offsets, shard.sizes))
     if job is None:
         raise MissingTensors(
@@ -296,7 +308,7 @@ def _job_of(shard: Shard, jobs: dict[tuple[str, tuple[int, ...], tuple[int, ...]
     return job
 
 
-def _fill(shard: Shard, job: Job, plan: Plan, buffer: bytearray) -> tuple[int, int]:
+def fill_shard(shard: Shard, job: Job, plan: Plan, buffer: bytearray) -> tuple[int, int]:
     """Fill a shard piece by piece; returns bytes (read, mapped). What has no source is padding, and becomes zero."""
     itemsize = DTYPES[job.dtype].itemsize
     read = mapped = 0
