@@ -1,87 +1,57 @@
 """Tiny prompts for a model of any tiny configuration, as tensors that a processor could have made.
 
-A prompt is written down as pieces, text, images and videos; ids, patches and grids follow from these. The words and the
-patches are random and the same in every run.
-
     make_prompt("image", config).inputs()         # config: the dictionary in config.json
     MAKERS                                        # the names, for parametrize
+
+Of pieces as in `qwen3vl_convert.verify.pieces`; here are batches, padding, packing and positions far away as well.
 """
 
-import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from qwen3vl_convert.dims import Dims
+from qwen3vl_convert.make import SIZES
+from qwen3vl_convert.verify import prompts
+from qwen3vl_convert.verify.pieces import Image, Piece, Row, Text, TokenIds, Video, grids, padded
+from qwen3vl_convert.verify.prompts import Prompt
+
+__all__ = [
+    "BATCH",
+    "FAR",
+    "MAKERS",
+    "ROWS",
+    "Ids",
+    "Image",
+    "Piece",
+    "Prompt",
+    "Row",
+    "Text",
+    "Video",
+    "grids",
+    "make_prompt",
+    "padded",
+    "positions_of",
+    "prompt_of",
+]
 
 FAR = 40_000
 """A position past 32k, where angles in less than float32 would be wrong by radians."""
-
-
-# ---- pieces ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Text:
-    length: int
-
-
-@dataclass(frozen=True)
-class Image:
-    """In tokens, not in patches. `time` is 1 for whatever a processor makes."""
-
-    time: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Video:
-    """Frames of height x width tokens, with `gap` tokens of text between two: their time in words."""
-
-    frames: int
-    height: int
-    width: int
-    gap: int
-
-
-Piece = Text | Image | Video
-Row = Sequence[Piece]
 Position = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Ids:
-    """Tokens with a meaning. Words are numbers from 4 to 499: none of these."""
+class Ids(TokenIds):
+    """Those of the tiny models."""
 
     image: int = 500
     video: int = 501
     start: int = 502
     end: int = 503
-    pad: int = 0
-
-    def block(self, token: int, size: int, marked: bool) -> list[int]:
-        return [self.start, *[token] * size, self.end] if marked else [token] * size
-
-    def of(self, row: Row, marked: bool) -> list[int]:
-        """The tokens of a row. `marked`: blocks stand between their start and end tokens, as the processor has them."""
-        found: list[int] = []
-
-        def words(length: int) -> None:
-            found.extend(4 + zlib.crc32(at.to_bytes(4)) % 496 for at in range(len(found), len(found) + length))
-
-        for piece in row:
-            if isinstance(piece, Text):
-                words(piece.length)
-            elif isinstance(piece, Image):
-                found += self.block(self.image, piece.time * piece.height * piece.width, marked)
-            else:
-                for frame in range(piece.frames):
-                    words(piece.gap if frame else 0)
-                    found += self.block(self.video, piece.height * piece.width, marked)
-        return found
+    words: range = range(3, 500)
 
 
 def positions_of(row: Row, marked: bool) -> tuple[list[Position], int]:
@@ -113,82 +83,25 @@ def positions_of(row: Row, marked: bool) -> tuple[list[Position], int]:
     return found, at
 
 
-def grids(rows: Iterable[Row], merge: int) -> tuple[Tensor | None, Tensor | None]:
-    """Of images and of videos, in patches [count, 3]; None if there are none, as processors have it."""
-    pieces = [piece for row in rows for piece in row]
-    images = [(p.time, p.height * merge, p.width * merge) for p in pieces if isinstance(p, Image)]
-    videos = [(p.frames, p.height * merge, p.width * merge) for p in pieces if isinstance(p, Video)]
-    return torch.tensor(images) if images else None, torch.tensor(videos) if videos else None
-
-
-def padded(rows: Sequence[list[int]], sides: Sequence[str], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask [rows, longest], each row padded on its side, "left" or "right"."""
-    length = max(map(len, rows))
-    ids, mask = torch.full((len(rows), length), pad), torch.zeros(len(rows), length, dtype=torch.int64)
-    for index, (row, side) in enumerate(zip(rows, sides, strict=True)):
-        here = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        ids[index, here], mask[index, here] = torch.tensor(row, dtype=torch.int64), 1
-    return ids, mask
-
-
-# ---- prompts ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """What goes into a model. None is what is not there.
-
-    input_ids, attention_mask (1: token, 0: padding), mm_token_type_ids (1: image, 2: video; transformers 5): [B, S].
-    position_ids: [3, B, S], where they are not to be what follows from ids and grids.
-    pixel_values, pixel_values_videos: [patches, values], with their grids [count, 3] in patches.
-    alone: of sequences that are packed into one row, each as a prompt of its own.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    mm_token_type_ids: Tensor
-    position_ids: Tensor | None = None
-    pixel_values: Tensor | None = None
-    pixel_values_videos: Tensor | None = None
-    image_grid_thw: Tensor | None = None
-    video_grid_thw: Tensor | None = None
-    alone: tuple["Prompt", ...] = field(default=())
-
-    @property
-    def valid(self) -> Tensor:
-        """[B, S]: which tokens are no padding."""
-        return self.attention_mask.bool()
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """Where packed sequences start and the last ends: int32 [sequences + 1]."""
-        return torch.tensor([0, *(one.input_ids.shape[1] for one in self.alone)]).cumsum(0).int()
-
-    def inputs(self) -> dict[str, Tensor]:
-        """What is there, by the names that transformers and Qwen3VLModel share; a mask only if it hides something."""
-        names = ("input_ids", "position_ids", "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
-        found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return found if self.valid.all() else found | {"attention_mask": self.attention_mask}
-
-
 def prompt_of(config: dict[str, Any], rows: Sequence[Row], sides: Sequence[str] | None = None, seed: int = 0) -> Prompt:
     """A batch of rows, padded each on its side (right by default)."""
-    vision, ids = config["vision_config"], ids_of(config)
-    input_ids, mask = padded([ids.of(row, marked=True) for row in rows], sides or ["right"] * len(rows), ids.pad)
-    images, videos = grids(rows, vision["spatial_merge_size"])
-    values = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
-    generator = torch.Generator().manual_seed(seed)
-    pixels, frames = (
-        None if grid is None else torch.randn(int(grid.prod(1).sum()), values, generator=generator)
-        for grid in (images, videos)
+    return prompts.prompt_of(dims_of(config), rows, sides, seed)
+
+
+def dims_of(config: dict[str, Any]) -> Dims:
+    """Those of a tiny model, but for what a prompt depends on; a config needs to say nothing else."""
+    vision = config["vision_config"]
+    return replace(
+        SIZES["tiny"],
+        image_token_id=config["image_token_id"],
+        video_token_id=config["video_token_id"],
+        vision_start_token_id=config["vision_start_token_id"],
+        vision_end_token_id=config["vision_end_token_id"],
+        spatial_merge=vision["spatial_merge_size"],
+        channels=vision["in_channels"],
+        temporal_patch=vision["temporal_patch_size"],
+        patch=vision["patch_size"],
     )
-    kinds = (input_ids == ids.image).long() + 2 * (input_ids == ids.video).long()
-    return Prompt(input_ids, mask, kinds, None, pixels, frames, images, videos)
-
-
-def ids_of(config: dict[str, Any]) -> Ids:
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return Ids(*(config[name] for name in names))
 
 
 def packed(config: dict[str, Any], rows: Sequence[Row]) -> Prompt:

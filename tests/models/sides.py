@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.prompts import Prompt
+from qwen3vl_convert.verify.prompts import Prompt, our_arguments, their_arguments
+
+our_inputs = our_arguments
+"""As the tests of training call it."""
 
 
 def transformers_release() -> tuple[int, int]:
@@ -17,28 +20,9 @@ def transformers_release() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def our_inputs(prompt: Prompt) -> dict[str, Any]:
-    """Arguments of our model; packed sequences in one row."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    if not prompt.alone:
-        return dict(prompt.inputs())
-    ends, longest = prompt.cu_seqlens.to(prompt.input_ids.device), int(prompt.cu_seqlens.diff().max())
-    packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
-    return {**prompt.inputs(), "packed_seq_params": packed}
-
-
-def their_inputs(prompt: Prompt) -> dict[str, Tensor]:
-    """Arguments of transformers' model. With a mask always: without, 4.57 takes positions that jump for packing."""
-    inputs = prompt.inputs() | {"attention_mask": prompt.attention_mask}
-    if transformers_release() >= (5, 0):
-        inputs["mm_token_type_ids"] = prompt.mm_token_type_ids
-    return inputs
-
-
 def our_logits(model: Any, prompt: Prompt) -> Tensor:
     """[B, S, V]."""
-    logits: Tensor = model(**our_inputs(prompt))
+    logits: Tensor = model(**our_arguments(prompt))
     return logits
 
 
@@ -46,7 +30,7 @@ def their_logits(model: Any, prompt: Prompt) -> Tensor:
     """[B, S, V]; packed sequences one by one."""
     if prompt.alone:
         return torch.cat([their_logits(model, one) for one in prompt.alone], dim=1)
-    logits: Tensor = model(**their_inputs(prompt)).logits
+    logits: Tensor = model(**their_arguments(prompt)).logits
     return logits
 
 
