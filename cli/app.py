@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qwen3vl_convert.cli import console, convert, look
+from qwen3vl_convert.cli import console, convert, diff, look, verify
 
 app = typer.Typer(
     name="qwen3vl-convert",
@@ -22,8 +22,8 @@ def _all(
 ) -> None:
     """Qwen3-VL checkpoints between Hugging Face and Megatron: proven, at the speed of a copy.
 
-    Exit codes: 0 done, 1 compared and different, 2 wrong usage, 3 unusable input, 4 output cannot be written, 130
-    interrupted.
+    Exit codes: 0 done, 1 compared and different, 2 wrong usage, 3 unusable input, 4 output cannot be written, 70 a bug,
+    130 interrupted.
     """
     console.show_traceback = traceback
 
@@ -31,7 +31,9 @@ def _all(
 app.command("hf-to-megatron")(console.guarded(convert.hf_to_megatron))
 app.command("megatron-to-hf")(console.guarded(convert.megatron_to_hf))
 app.command("plan")(console.guarded(convert.plan))
-app.command("verify")(console.guarded(look.verify))
+app.command("verify")(console.guarded(verify.verify))
+app.command("diff")(console.guarded(diff.diff))
+app.command("roundtrip")(console.guarded(verify.roundtrip))
 app.command("inspect")(console.guarded(look.inspect))
 app.command("explain")(console.guarded(look.explain))
 app.command("make-checkpoint")(console.guarded(look.make_checkpoint))

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import sys
 import time
 import traceback
@@ -16,6 +17,8 @@ from qwen3vl_convert.errors import ConvertError
 P = ParamSpec("P")
 
 INTERRUPTED = 130
+BUG = 70
+"""What the program did not foresee; sysexits.h calls it EX_SOFTWARE. Not Python's own 1, which means different."""
 _LINE_EVERY = 10.0
 """Seconds between lines of progress where there is no terminal."""
 
@@ -35,6 +38,12 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             else:
                 _say_error(error)
             raise typer.Exit(exit_code(error)) from None
+        except typer.Exit:
+            raise
+        except Exception as error:  # noqa: BLE001  no exit code of a bug may be taken for an answer
+            traceback.print_exception(error)
+            print("error: this is a bug in qwen3vl-convert. Please report it with the lines above.", file=sys.stderr)
+            raise typer.Exit(BUG) from None
 
     return run
 
@@ -61,7 +70,7 @@ class Console:
     def result(self, value: dict[str, Any], human: Callable[[], None]) -> None:
         """The result: as one JSON object, as a person reads it, or not at all."""
         if self.as_json:
-            print(json.dumps(value, indent=2, default=str))
+            print(json.dumps(_plain(value), indent=2, default=str, allow_nan=False))
         elif not self.quiet:
             human()
 
@@ -80,6 +89,15 @@ class Console:
                 yield report
         else:
             yield _lines()
+
+
+def _plain(value: Any) -> Any:
+    """null for what is no number or infinite, which JSON has no word for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager

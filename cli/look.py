@@ -1,4 +1,4 @@
-"""inspect, explain, verify and make-checkpoint: parse, call, print."""
+"""inspect, explain and make-checkpoint: parse, call, print."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,16 +9,13 @@ from qwen3vl_convert.cli.console import Console, size, table
 from qwen3vl_convert.cli.options import (
     Ep,
     Etp,
-    Headless,
     Iteration,
     Json,
-    MaxMemory,
     Overwrite,
     Pp,
     Quiet,
     Tp,
     Vpp,
-    Workers,
     parse_bytes,
     parse_iteration,
 )
@@ -28,9 +25,6 @@ if TYPE_CHECKING:
     from qwen3vl_convert.dims import Dims
     from qwen3vl_convert.explanation import Explanation
     from qwen3vl_convert.inspection import Inspection
-    from qwen3vl_convert.verify import Verdict
-
-_MOST_SHOWN = 20
 
 
 def inspect(
@@ -123,51 +117,6 @@ def _show_explanation(found: "Explanation", layout: str) -> None:
 
 def _ranges(box: tuple[tuple[int, int], ...] | None) -> str:
     return ", ".join(f"{a}:{b}" for a, b in box or ())
-
-
-def verify(
-    huggingface: Annotated[str, typer.Argument(metavar="HF", help="Hugging Face folder or Hub id.")],
-    megatron: Annotated[Path, typer.Argument(metavar="MEGATRON", help="Megatron checkpoint of any layout.")],
-    iteration: Iteration = None,
-    headless: Headless = False,
-    max_memory: MaxMemory = "2GiB",
-    workers: Workers = None,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Are these the same weights? Every element on disk compared, bit for bit. Exit code 0: yes, 1: no."""
-    from qwen3vl_convert.fill import FillOptions
-    from qwen3vl_convert.verify import verify as run
-
-    given = {} if workers is None else {"workers": workers}
-    options = FillOptions(**given, max_memory=parse_bytes(max_memory, "--max-memory"))
-    console = Console(json, quiet)
-    with console.progress() as report:
-        verdict = run(
-            huggingface,
-            megatron,
-            iteration=parse_iteration(iteration),
-            headless=headless,
-            options=options,
-            report=report,
-        )
-    console.notes(verdict.notes)
-    console.result(verdict.to_json(), lambda: _show_verdict(verdict))
-    if not verdict.equal:
-        raise typer.Exit(1)
-
-
-def _show_verdict(verdict: "Verdict") -> None:
-    if verdict.equal:
-        print(f"EQUAL: {verdict.tensors} tensors, {verdict.elements:,} elements, bit for bit.")
-        return
-    print(f"DIFFERENT: {len(verdict.differences)} of {verdict.tensors} tensors, {len(verdict.settings)} settings.")
-    for name, (theirs, ours) in verdict.settings.items():
-        print(f"  {name}: {theirs} in the HF folder, {ours} in the Megatron checkpoint")
-    for difference in verdict.differences[:_MOST_SHOWN]:
-        print(f"  {difference}")
-    if len(verdict.differences) > _MOST_SHOWN:
-        print(f"  and {len(verdict.differences) - _MOST_SHOWN} more (all of them with --json)")
 
 
 def make_checkpoint(

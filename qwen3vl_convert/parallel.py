@@ -72,7 +72,7 @@ class ParallelLayout:
                 f"{layers} layers: {first} on the first stage and {last} on the last leave {rest} for {middle} stages, "
                 f"which does not divide."
             )
-        counts = [first] * bool(first) + [rest // middle] * middle + [last] * bool(last)
+        counts = [first] * bool(first) + ([rest // middle] * middle if middle else []) + [last] * bool(last)
         return [stage for stage, count in enumerate(counts) for _ in range(count)]
 
     def validate(self, dims: Dims, padded_vocab: int) -> None:

@@ -36,9 +36,19 @@ from qwen3vl_convert.convert import Result
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.make import SIZES as MODELS
-from qwen3vl_convert.verify import Verdict
+from qwen3vl_convert.verify import Verification, WeightsReport
 
-COMMANDS = ("hf-to-megatron", "megatron-to-hf", "plan", "verify", "inspect", "explain", "make-checkpoint")
+COMMANDS = (
+    "hf-to-megatron",
+    "megatron-to-hf",
+    "plan",
+    "verify",
+    "diff",
+    "roundtrip",
+    "inspect",
+    "explain",
+    "make-checkpoint",
+)
 SINGLE = "model.safetensors"
 QKV = "language_model.decoder.layers.1.self_attention.linear_qkv.weight"
 Q_PROJ = "model.language_model.layers.1.self_attn.q_proj.weight"
@@ -165,7 +175,9 @@ def test_json_of_plans(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_json_of_verify(pair: Pair) -> None:
-    assert json_of("verify", pair.dense, pair.dense_run).keys() == {"equal"} | names_of(Verdict)
+    found = json_of("verify", pair.dense, pair.dense_run)
+    assert found.keys() == {"equal"} | names_of(Verification)
+    assert found["weights"].keys() == names_of(WeightsReport)
     assert json_of("verify", pair.moe, pair.moe_run)["equal"] is True
 
 
@@ -319,7 +331,7 @@ def test_json_of_a_difference(pair: Pair, tmp_path: Path) -> None:
     edit_tensors(lambda tensors: tensors.update({Q_PROJ: zeros("BF16", 32, 32)}))(other)
     verdict = json_of("verify", other, pair.dense_run, code=1)
     assert verdict["equal"] is False
-    assert [difference["name"] for difference in verdict["differences"]] == [Q_PROJ]
+    assert [difference["name"] for difference in verdict["weights"]["differences"]] == [Q_PROJ]
 
 
 def test_inspect_of_something_incomplete(pair: Pair, tmp_path: Path) -> None:

@@ -1,5 +1,23 @@
-"""Is it the same model? `weights` compares two checkpoints on disk, bit for bit, without building either model."""
+"""Is it the same model? `verification` is the way in: weights on disk, bit for bit (`weights`), and what both models
+compute (`logits`). `roundtrip` converts there and back, `diff` compares any two checkpoints. `result` is what is found,
+`report` and `terminal` show it.
+"""
 
-from qwen3vl_convert.verify.weights import Difference, Verdict, verify
+from qwen3vl_convert.verify.diff import Change, DiffReport, diff
+from qwen3vl_convert.verify.result import Difference, LogitsReport, Verification, WeightsReport
+from qwen3vl_convert.verify.roundtrip import RoundTrip, roundtrip
+from qwen3vl_convert.verify.verification import LogitsOptions, verify
 
-__all__ = ["Difference", "Verdict", "verify"]
+__all__ = [
+    "Change",
+    "DiffReport",
+    "Difference",
+    "LogitsOptions",
+    "LogitsReport",
+    "RoundTrip",
+    "Verification",
+    "WeightsReport",
+    "diff",
+    "roundtrip",
+    "verify",
+]

@@ -1,11 +1,11 @@
 """What a verification found: values that the terminal, `--json` and the HTML report show, each in its way.
 
-    Verification                 the whole answer
-    ├── WeightsReport                every tensor on disk; a `Difference` for each that is not equal
-    └── LogitsReport                 what both models compute
-        ├── PromptResult                 logits of one prompt
-        ├── PointResult                  what went into a module, or came out of it, on all prompts
-        └── Place                        the first of them that is wrong, and why it may be
+Verification                 the whole answer
+├── WeightsReport                every tensor on disk; a `Difference` for each that is not equal
+└── LogitsReport                 what both models compute
+    ├── PromptResult                 logits of one prompt
+    ├── PointResult                  what went into a module, or came out of it, on all prompts
+    └── Place                        the first of them that is wrong, and why it may be
 """
 
 from dataclasses import asdict, dataclass, field

@@ -3,7 +3,7 @@
     make_prompt("image", config).inputs()         # config: the dictionary in config.json
     MAKERS                                        # the names, for parametrize
 
-Of pieces as in `qwen3vl_convert.verify.pieces`; here are batches, padding, packing and positions far away as well.
+Of pieces as in `qwen3vl_convert.verify.logits.pieces`; here are batches, padding, packing and far positions as well.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ import torch
 
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.make import SIZES
-from qwen3vl_convert.verify import prompts
-from qwen3vl_convert.verify.pieces import Image, Piece, Row, Text, TokenIds, Video, grids, padded
-from qwen3vl_convert.verify.prompts import Prompt
+from qwen3vl_convert.verify.logits import prompts
+from qwen3vl_convert.verify.logits.pieces import Image, Piece, Row, Text, TokenIds, Video, grids, padded
+from qwen3vl_convert.verify.logits.prompts import Prompt
 
 __all__ = [
     "BATCH",

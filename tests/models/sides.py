@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3vl_convert.verify.prompts import Prompt, our_arguments, their_arguments
+from qwen3vl_convert.verify.logits.prompts import Prompt, our_arguments, their_arguments
 
 our_inputs = our_arguments
 """As the tests of training call it."""

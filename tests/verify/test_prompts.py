@@ -25,9 +25,15 @@ from qwen3vl_convert.errors import ConfigError
 from qwen3vl_convert.huggingface.config import rebuild_config
 from qwen3vl_convert.make import SIZES
 from qwen3vl_convert.models.positions import check_visual_tokens, get_rope_index
-from qwen3vl_convert.verify.pieces import Image, Row, Text, TokenIds, Video
-from qwen3vl_convert.verify.processor import CHATS, LONGEST
-from qwen3vl_convert.verify.prompts import NamedPrompt, Prompt, prompt_of, synthetic_prompts, verification_prompts
+from qwen3vl_convert.verify.logits.pieces import Image, Row, Text, TokenIds, Video
+from qwen3vl_convert.verify.logits.processor import CHATS, LONGEST
+from qwen3vl_convert.verify.logits.prompts import (
+    NamedPrompt,
+    Prompt,
+    prompt_of,
+    synthetic_prompts,
+    verification_prompts,
+)
 
 NAMES = ["text", "image", "images", "video", "mixed"]
 TINY = SIZES["tiny"]

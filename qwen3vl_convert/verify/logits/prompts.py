@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_convert.dims import Dims
-from qwen3vl_convert.verify.pieces import Image, Row, Text, TokenIds, Video, grids, padded
+from qwen3vl_convert.verify.logits.pieces import Image, Row, Text, TokenIds, Video, grids, padded
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +145,7 @@ def verification_prompts(
 
     `config`: the parsed config.json. `folder`: where the processor may be. Raises what `Dims.from_config` does.
     """
-    from qwen3vl_convert.verify.processor import NoProcessor, processor_prompts
+    from qwen3vl_convert.verify.logits.processor import NoProcessor, processor_prompts
 
     dims = Dims.from_config(config)
     try:

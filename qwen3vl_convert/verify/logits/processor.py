@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.models.positions import check_visual_tokens
-from qwen3vl_convert.verify.prompts import NamedPrompt, Prompt, contents_of, token_types
+from qwen3vl_convert.verify.logits.prompts import NamedPrompt, Prompt, contents_of, token_types
 
 LONGEST = 300
 """Tokens of a prompt. The largest models are verified on a CPU."""

@@ -1,0 +1,219 @@
+"""verify and roundtrip: parse, call, print."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen3vl_convert.cli import console
+from qwen3vl_convert.cli.console import Console, table
+from qwen3vl_convert.cli.options import (
+    Ep,
+    Etp,
+    Headless,
+    Iteration,
+    Json,
+    Pp,
+    Quiet,
+    Tp,
+    Vpp,
+    Workers,
+    parse_bytes,
+    parse_iteration,
+)
+from qwen3vl_convert.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from qwen3vl_convert.fill import FillOptions
+    from qwen3vl_convert.verify import LogitsOptions, RoundTrip, Verification
+
+_LOGITS = "What both models compute"
+AnyMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        help="Most memory: for buffers (2GiB), and for the weights of a layer with --stream (6GiB).",
+        rich_help_panel="How it is carried out",
+    ),
+]
+Logits = Annotated[
+    bool, typer.Option("--logits", help="Also build both models and compare their logits.", rich_help_panel=_LOGITS)
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="auto (a GPU if there is one), cuda or cpu.", rich_help_panel=_LOGITS)
+]
+LogitsDtype = Annotated[
+    str | None, typer.Option("--dtype", help="What the models compute in: fp32 or bf16.", rich_help_panel=_LOGITS)
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream", help="With --logits: layer by layer, in the memory of one of them.", rich_help_panel=_LOGITS
+    ),
+]
+
+
+def verify(
+    huggingface: Annotated[str, typer.Argument(metavar="HF", help="Hugging Face folder or Hub id.")],
+    megatron: Annotated[Path, typer.Argument(metavar="MEGATRON", help="Megatron checkpoint of any layout.")],
+    iteration: Iteration = None,
+    headless: Headless = False,
+    dtype_tolerant: Annotated[
+        bool,
+        typer.Option("--dtype-tolerant", help="Dtypes may differ; values must be exactly what rounding gives."),
+    ] = False,
+    logits: Logits = False,
+    device: Device = None,
+    dtype: LogitsDtype = None,
+    stream: Stream = False,
+    report_file: Annotated[Path | None, typer.Option("--report", help="Write what was found as one HTML file.")] = None,
+    max_memory: AnyMemory = None,
+    workers: Workers = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Is this the same model? Every weight on disk, bit for bit; with --logits what both models compute, too.
+
+    Exit code 0: yes, 1: no. Under torchrun, --logits runs the Megatron model in the checkpoint's own layout.
+    """
+    from qwen3vl_convert.verify import verify as run
+
+    if report_file is not None:
+        _check_free(report_file)
+    chosen, options = _logits(logits, device, dtype, stream, max_memory), _fill(max_memory, workers)
+    speaks = os.environ.get("RANK", "0") == "0" or not logits
+    sink = Console(json and speaks, quiet or not speaks)
+    with sink.progress() as report:
+        found = run(
+            huggingface,
+            megatron,
+            iteration=parse_iteration(iteration),
+            headless=headless,
+            dtype_tolerant=dtype_tolerant,
+            logits=chosen,
+            options=options,
+            report=report,
+        )
+    if report_file is not None and speaks:
+        _write(report_file, found)
+    sink.notes((*found.weights.notes, *(found.logits.notes if found.logits else ())))
+    sink.result(found.to_json(), lambda: _show(found))
+    if not found.equal and speaks:  # torchrun ends all processes when one fails, and the first has yet to speak
+        raise typer.Exit(1)
+
+
+def _logits(
+    logits: bool, device: str | None, dtype: str | None, stream: bool, max_memory: str | None
+) -> "LogitsOptions | None":
+    from qwen3vl_convert.verify import LogitsOptions
+
+    given = {"--device": device, "--dtype": dtype, "--stream": stream or None}
+    if not logits and (named := [name for name, value in given.items() if value is not None]):
+        raise UsageError(f"{', '.join(named)}: of use with --logits only. Add it, or leave them out.")
+    if logits and not console.show_traceback:
+        warnings.simplefilter("ignore")  # of the libraries, which warn of what is not installed when they are imported
+    shelf = {} if max_memory is None else {"shelf_bytes": parse_bytes(max_memory, "--max-memory")}
+    return LogitsOptions(device or "auto", dtype or "fp32", stream, **shelf) if logits else None
+
+
+def _fill(max_memory: str | None, workers: int | None) -> "FillOptions":
+    from qwen3vl_convert.fill import FillOptions
+
+    given = {} if workers is None else {"workers": workers}
+    if max_memory is not None:
+        given["max_memory"] = parse_bytes(max_memory, "--max-memory")
+    return FillOptions(**given)
+
+
+def _check_free(path: Path) -> None:
+    if path.exists():
+        raise OutputError(f"--report {path}: exists. Name another file, or remove it.")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"--report {path}: {path.absolute().parent} is no folder. Make it first.")
+
+
+def _write(path: Path, found: "Verification") -> None:
+    """Whole or not at all."""
+    from qwen3vl_convert.verify.report import html_report
+
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(html_report(found), encoding="utf-8")
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _show(found: "Verification") -> None:
+    from qwen3vl_convert.verify.terminal import terminal_lines
+
+    print("\n".join(terminal_lines(found)))
+
+
+def roundtrip(
+    source: Annotated[str, typer.Argument(help="A checkpoint of either format, or a Hub id.")],
+    tp: Tp = 1,
+    pp: Pp = 1,
+    vpp: Vpp = None,
+    ep: Ep = 1,
+    etp: Etp = 1,
+    config: Annotated[
+        str | None, typer.Option("--config", help="For a Megatron source: folder or Hub id of config and tokenizer.")
+    ] = None,
+    iteration: Iteration = None,
+    headless: Headless = False,
+    logits: Logits = False,
+    device: Device = None,
+    dtype: LogitsDtype = None,
+    stream: Stream = False,
+    scratch: Annotated[
+        Path | None,
+        typer.Option("--scratch", help="Where to put the checkpoints meanwhile; needs three times the size."),
+    ] = None,
+    max_memory: AnyMemory = None,
+    workers: Workers = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert there and back under two layouts, and compare every bit. Exit code 0: the same, 1: not.
+
+    Without --tp, --pp, --vpp, --ep and --etp the first layout cuts in two whatever can be cut.
+    """
+    from qwen3vl_convert.parallel import ParallelLayout
+    from qwen3vl_convert.verify import roundtrip as run
+
+    layout = ParallelLayout(tp, pp, vpp, ep, etp)
+    if scratch is not None and not scratch.is_dir():
+        raise OutputError(f"--scratch {scratch}: is no folder. Make it first.")
+    chosen = _logits(logits, device, dtype, stream, max_memory)
+    sink = Console(json, quiet)
+    with sink.progress() as report:
+        found = run(
+            source,
+            layout=None if layout == ParallelLayout() else layout,
+            config=config,
+            iteration=parse_iteration(iteration),
+            headless=headless,
+            logits=chosen,
+            scratch=scratch,
+            options=_fill(max_memory, workers),
+            report=report,
+        )
+    sink.result(found.to_json(), lambda: _show_trip(found))
+    if not found.equal:
+        raise typer.Exit(1)
+
+
+def _show_trip(trip: "RoundTrip") -> None:
+    by_way_of = " and ".join(trip.layouts)
+    print(f"EQUAL: there and back, {by_way_of}." if trip.equal else "DIFFERENT: what comes back is not what went.")
+    rows = []
+    for step in trip.steps:
+        said = "" if step.found is None else ("equal" if step.equal else "DIFFERENT")
+        rows.append((step.name, f"{step.seconds:.1f} s", said))
+    table("", rows)
+    for step in trip.steps:
+        if step.found is not None and not step.equal:
+            _show(step.found)

@@ -1,0 +1,158 @@
+"""Both programs, each in two precisions, on their way through all prompts.
+
+With `stream` all four models are hollow and read each weight where a layer needs it. Otherwise the two in the dtype of
+the comparison are in memory, transformers' as its own loader makes it, and the exact ones borrow from them. Either way
+the four go through the layers side by side, so that what each layer gives can be compared and dropped.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qwen3vl_convert.model import HuggingFaceModel, MegatronModel
+from qwen3vl_convert.models.restore import plan_restoring
+from qwen3vl_convert.verify.logits.alignment import Aligned, align
+from qwen3vl_convert.verify.logits.convoy import Convoy, Station
+from qwen3vl_convert.verify.logits.hollow import Shelf, hollow_out
+from qwen3vl_convert.verify.logits.programs import (
+    EXACT,
+    Resident,
+    Weights,
+    build_ours,
+    build_theirs,
+    folder_weights,
+    layers_of,
+    lend_all,
+    load_ours,
+    load_theirs,
+    our_logits,
+    shelf_of,
+    their_logits,
+)
+from qwen3vl_convert.verify.logits.prompts import Prompt
+from qwen3vl_convert.verify.logits.trace import HF, MEGATRON, RUNNERS, Trace, points_of
+
+MULTIPLE = 2.0
+"""Of the two programs' own errors: how far they may be apart."""
+
+Report = Callable[[str, int, int], None]
+_Runner = tuple[str, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """How the models are run; `shelf_bytes`: of weights that a hollow model holds at a time."""
+
+    dtype: torch.dtype
+    device: torch.device
+    stream: bool
+    shelf_bytes: int
+
+    def dtypes(self, exact: bool) -> tuple[torch.dtype, ...]:
+        """What a runner's weights are rounded to: always to the dtype of the comparison first."""
+        return (self.dtype, EXACT[self.dtype]) if exact else (self.dtype,)
+
+
+class Outputs(NamedTuple):
+    """The logits [S, vocab] of one prompt, in the order of `RUNNERS`."""
+
+    hf_exact: Tensor
+    hf: Tensor
+    ours_exact: Tensor
+    ours: Tensor
+
+
+class Traffic:
+    """Run once. Models are built at once, and their weights read while it runs."""
+
+    def __init__(self, theirs: HuggingFaceModel, ours: MegatronModel, mode: Mode) -> None:
+        self.theirs, self.ours, self.mode = theirs, ours, mode
+        self.models = {runner: self._hollow(*runner) for runner in RUNNERS}
+        files = folder_weights(theirs, self.models[HF, False])
+        restoring = plan_restoring(self.models[MEGATRON, False], ours, experts_layout=files.layout)
+        for model in self.models.values():
+            hollow_out(model, mode.device)
+        self.weights: dict[str, Weights] = {HF: files, MEGATRON: restoring}
+        self.aligned = align(restoring)
+        self.sizes = restoring.opened.model.sizes
+        self.here = threading.local()
+
+    def _hollow(self, program: str, exact: bool) -> nn.Module:
+        dtype = self.mode.dtypes(exact)[-1]
+        if program == HF:
+            return build_theirs(self.theirs.checkpoint.folder, dtype)
+        return build_ours(self.ours.model.dims, self.ours.model.padded_vocab, dtype)
+
+    def run(self, prompts: Sequence[Prompt], report: Report | None = None) -> tuple[list[Outputs], Trace]:
+        """The logits of every prompt, and what was seen on the way. `report` is told of stations that were passed."""
+        if not self.mode.stream:
+            self._load()
+        visits = [sum(x is not None for x in (one.pixel_values, one.pixel_values_videos)) for one in prompts]
+        trace = Trace(points_of(self.aligned), self.sizes, visits, MULTIPLE, torch.finfo(self.mode.dtype).eps)
+        for runner, model in self.models.items():
+            trace.watch(runner, model, lambda: self.here.prompt)
+        works = [partial(self._pass, runner, at, one) for runner in RUNNERS for at, one in enumerate(prompts)]
+        try:
+            found = Convoy(self._stations(), _counting(report)).run(works)
+        finally:
+            trace.remove()
+        count = len(prompts)
+        return [Outputs(*found[at::count]) for at in range(count)], trace
+
+    def _load(self) -> None:
+        """Put the models of the comparison into memory; the exact ones take their weights from there."""
+        mode, folder = self.mode, self.theirs.checkpoint.folder
+        self.models[HF, False] = load_theirs(folder, mode.dtype, mode.device)
+        load_ours(self.models[MEGATRON, False], self.weights[MEGATRON], mode.dtype, mode.device)
+        self.weights = {program: Resident(self.models[program, False]) for program in (HF, MEGATRON)}
+
+    def _stations(self) -> list[Station]:
+        """Of all four models. What one precision of a program read the other needs next; that one clears the shelf."""
+        places, mode = _places(self.aligned), self.mode
+        shelves = {name: shelf_of(one, mode.shelf_bytes, mode.device) for name, one in self.weights.items()}
+        found = []
+        for turn, (program, exact) in enumerate(RUNNERS):
+            model, used = self.models[program, exact], [] if exact else [shelves[program]]
+            if exact or mode.stream:
+                used.append(lend_all(model, shelves[program], mode.dtypes(exact)))
+            for name, layer in layers_of(model).items():
+                nbytes = sum(parameter.nbytes for parameter in layer.parameters())
+                found.append(Station((_place(places, name), turn), layer, partial(clear_all, used), nbytes))
+        return found
+
+    def _pass(self, runner: _Runner, at: int, prompt: Prompt) -> Tensor:
+        self.here.prompt = at
+        model = self.models[runner]
+        if runner[0] == HF:
+            return their_logits(model, prompt)
+        return our_logits(model, prompt, self.ours.model.dims.vocab)
+
+
+def clear_all(shelves: Iterable[Shelf]) -> None:
+    """When a layer was passed."""
+    for shelf in shelves:
+        shelf.clear()
+
+
+def _counting(report: Report | None) -> Callable[[int, int], None]:
+    return (lambda done, total: None) if report is None else partial(report, "logits")
+
+
+def _places(aligned: Iterable[Aligned]) -> dict[str, int]:
+    """Where the modules with parameters stand among all, by their name in either program."""
+    places: dict[str, int] = {}
+    for place, one in enumerate(aligned):
+        for name in (one.module, *one.hf_modules):
+            places.setdefault(name, place)
+    return places
+
+
+def _place(places: Mapping[str, int], layer: str) -> int:
+    """Where a layer stands: at the first of its modules; after all, an output layer that is tied."""
+    inside = [place for name, place in places.items() if name == layer or name.startswith(f"{layer}.")]
+    return min(inside, default=len(places))

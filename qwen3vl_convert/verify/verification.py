@@ -1,0 +1,124 @@
+"""`verify`: is a Hugging Face folder the same model as a Megatron checkpoint?
+
+found = verify("Qwen3-VL-8B-Instruct", "runs/vl8b")                              # every weight, bit for bit
+found = verify("Qwen3-VL-8B-Instruct", "runs/vl8b", logits=LogitsOptions())      # and what both models compute
+found.equal
+"""
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from qwen3vl_convert.errors import UsageError
+from qwen3vl_convert.fill import FillOptions
+from qwen3vl_convert.huggingface.hub import resolve
+from qwen3vl_convert.model import HuggingFaceModel, MegatronModel, open_huggingface
+from qwen3vl_convert.verify.result import ULP_BUCKETS, LogitsReport, Verification, WeightsReport
+from qwen3vl_convert.verify.weights import compare_weights, open_beside
+
+Report = Callable[[str, int, int], None]
+_PACKAGES = ("qwen3vl-convert", "torch", "transformers", "megatron-core")
+_NEEDED = {"torch": "torch", "megatron.core": "megatron-core", "transformers": "transformers"}
+_NOT_READ = WeightsReport(0, 0, (), {}, (0,) * len(ULP_BUCKETS), "", ())
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsOptions:
+    """How the logits are compared. `device`: auto, cuda or cpu. `dtype`: fp32 or bf16.
+
+    `stream`: hold no more of the models than `shelf_bytes` of weights at a time, or the largest of them.
+    """
+
+    device: str = "auto"
+    dtype: str = "fp32"
+    stream: bool = False
+    shelf_bytes: int = 6 << 30
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("fp32", "bf16"):
+            raise UsageError(f"--dtype {self.dtype}: expected fp32 or bf16.")
+        if self.device not in ("auto", "cuda", "cpu"):
+            raise UsageError(f"--device {self.device}: expected auto, cuda or cpu.")
+
+
+def verify(
+    huggingface: str | Path,
+    megatron: str | Path,
+    *,
+    iteration: int | str | None = None,
+    headless: bool = False,
+    dtype_tolerant: bool = False,
+    logits: LogitsOptions | None = None,
+    options: FillOptions | None = None,
+    report: Report | None = None,
+) -> Verification:
+    """Compare every weight of a HF folder, or Hub id, with a Megatron checkpoint of any layout; with `logits`, also
+    what transformers' model and ours compute with them.
+
+    `dtype_tolerant`: dtypes may differ, and values must be exactly what rounding gives. Raises `InputError`'s kinds for
+    checkpoints that cannot be compared, `UsageError` where what `logits` needs is not installed.
+    """
+    if logits is not None:
+        check_installed(headless)
+    theirs = open_huggingface(resolve(huggingface, weights=True).folder, headless=headless)
+    ours = open_beside(theirs, Path(megatron), iteration, headless)
+    weights = _NOT_READ
+    if logits is None or _rank() == 0:  # under torchrun the others go ahead and wait for the first
+        weights = compare_weights(theirs, ours, dtype_tolerant=dtype_tolerant, options=options, report=report)
+    compared = None if logits is None else _compare_logits(theirs, ours, logits, weights, report)
+    return Verification(
+        str(huggingface), str(megatron), theirs.model.dims.model_type, weights, compared, installed_versions()
+    )
+
+
+def _compare_logits(
+    theirs: HuggingFaceModel,
+    ours: MegatronModel,
+    options: LogitsOptions,
+    weights: WeightsReport,
+    report: Report | None,
+) -> LogitsReport:
+    if _processes() > 1:
+        from qwen3vl_convert.verify.logits.parallel import compare_logits_in_parallel
+
+        return compare_logits_in_parallel(theirs, ours, options, weights, report)
+    from qwen3vl_convert.verify.logits.compare import compare_logits
+
+    return compare_logits(theirs, ours, options, weights, report)
+
+
+def _rank() -> int:
+    """This process among those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) if _processes() > 1 else 0
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_installed(headless: bool) -> None:
+    """Raise `UsageError` unless both models can be built here."""
+    from importlib.util import find_spec
+
+    if headless:
+        raise UsageError("--logits with --headless: a model without an output layer has no logits. Leave one of them.")
+    missing = [package for module, package in _NEEDED.items() if find_spec(module.partition(".")[0]) is None]
+    if missing:
+        raise UsageError(
+            f"--logits builds both models, and {', '.join(missing)} is not installed. "
+            f"pip install 'qwen3vl-convert[megatron,transformers]'."
+        )
+
+
+def installed_versions() -> dict[str, str]:
+    """Of what the answer may depend on, by package."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
