@@ -4,7 +4,15 @@ compute (`logits`). `roundtrip` converts there and back, `diff` compares any two
 """
 
 from qwen3vl_convert.verify.diff import Change, DiffReport, diff
-from qwen3vl_convert.verify.result import Difference, LogitsReport, Verification, WeightsReport
+from qwen3vl_convert.verify.result import (
+    Difference,
+    LogitsReport,
+    Place,
+    PointResult,
+    PromptResult,
+    Verification,
+    WeightsReport,
+)
 from qwen3vl_convert.verify.roundtrip import RoundTrip, roundtrip
 from qwen3vl_convert.verify.verification import LogitsOptions, verify
 
@@ -14,6 +22,9 @@ __all__ = [
     "Difference",
     "LogitsOptions",
     "LogitsReport",
+    "Place",
+    "PointResult",
+    "PromptResult",
     "RoundTrip",
     "Verification",
     "WeightsReport",

@@ -18,12 +18,6 @@ pytest.importorskip("megatron.core")
 
 pytestmark = [pytest.mark.megatron, pytest.mark.transformers, pytest.mark.filterwarnings("ignore")]
 
-OPEN = {
-    "tied head not tied": "verify --logits ends in a KeyError",
-    "another image token": "verify --logits ends in the ValueError of a model that cannot run",
-}
-"""What the verifier cannot do yet."""
-
 IN_BFLOAT16 = ("gate and up swapped", "no deepstack", "one TP shard twice")
 
 
@@ -91,15 +85,7 @@ def test_the_weight_check_passes_what_is_in_code_only(name: str, faults: Planted
     assert faults.weights(name).equal
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=[pytest.mark.xfail(reason=OPEN[name], raises=(KeyError, ValueError))] if name in OPEN else []
-        )
-        for name in FAULTS
-    ],
-)
+@pytest.mark.parametrize("name", FAULTS)
 def test_the_logit_check_finds_what_changes_the_function(name: str, faults: Planted) -> None:
     """And passes what does not."""
     report = faults.logits(name)
@@ -119,9 +105,7 @@ def test_the_place_is_right_for_nine_in_ten(faults: Planted) -> None:
     """Of the module where the models part, and of what is said of the tensors that differ."""
     wrong: dict[str, Any] = {}
     for name, fault in FAULTS.items():
-        if name in OPEN:
-            wrong[name] = OPEN[name]
-        elif not (names_the_place(fault, faults.logits(name)) and names_the_mistake(fault, faults.weights(name))):
+        if not (names_the_place(fault, faults.logits(name)) and names_the_mistake(fault, faults.weights(name))):
             said = [difference.guess for difference in faults.weights(name).differences]
             wrong[name] = (faults.logits(name).place, said)
     print(f"{len(FAULTS) - len(wrong)} of {len(FAULTS)} places are right; not:")

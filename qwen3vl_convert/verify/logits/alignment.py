@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen3vl_convert.mappings import Equation
 from qwen3vl_convert.mappings.equation import Place
 from qwen3vl_convert.megatron.stored import on_disk
+from qwen3vl_convert.model import EMBEDDING, OUTPUT
 from qwen3vl_convert.models.restore import LiveParameter, Restoring
 from qwen3vl_convert.verify.logits.programs import owner_of
 
@@ -64,7 +65,11 @@ def align(restoring: Restoring) -> tuple[Aligned, ...]:
         module, _, own = name.rpartition(".")
         pattern, stack, equation = next(entry for entry in stored if entry[0].fullmatch(parameter.shards[0].key))
         found.setdefault(owner_of(module), []).append((own, equation, _place(parameter, pattern, stack)))
-    return tuple(_aligned(module, entries) for module, entries in found.items())
+    aligned = tuple(_aligned(module, entries) for module, entries in found.items())
+    output, theirs = (name.removesuffix(".weight") for name in OUTPUT)
+    if output in found:
+        return aligned
+    return (*aligned, Aligned(output, (theirs,), (OUTPUT[1], EMBEDDING[1]), "text", None, None))  # tied
 
 
 def _place(parameter: LiveParameter, pattern: re.Pattern[str], stack: Sequence[str]) -> dict[str, int]:

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from qwen3vl_convert.errors import InputError, UsageError
-from qwen3vl_convert.model import HuggingFaceModel, MegatronModel
+from qwen3vl_convert.model import HuggingFaceModel, MegatronModel, open_megatron
 from qwen3vl_convert.models.world import single_process
-from qwen3vl_convert.verify.logits.place import find_place
+from qwen3vl_convert.verify.logits.place import find_place, refused
 from qwen3vl_convert.verify.logits.programs import EXACT
 from qwen3vl_convert.verify.logits.prompts import NamedPrompt, Prompt, verification_prompts
-from qwen3vl_convert.verify.logits.traffic import MULTIPLE, Mode, Outputs, Traffic
-from qwen3vl_convert.verify.result import LogitsReport, PromptResult, WeightsReport
+from qwen3vl_convert.verify.logits.traffic import MULTIPLE, Mode, Outputs, Refused, Traffic, narrower
+from qwen3vl_convert.verify.result import LogitsReport, PointResult, PromptResult, WeightsReport
 from qwen3vl_convert.verify.settings import stated
 from qwen3vl_convert.verify.verification import LogitsOptions
 
@@ -46,18 +46,24 @@ def compare_logits(
     report: Report | None = None,
 ) -> LogitsReport:
     """Run both programs on the same prompts, ours as the Megatron checkpoint says that it is. `weights`: what is known
-    of these; it explains what is found.
+    of these; it explains what is found, and says whether dtypes may differ.
     """
     began = time.monotonic()
     device, dtype = device_of(options), DTYPES[options.dtype]
     named, notes = verification_prompts(theirs.checkpoint.config, theirs.checkpoint.folder)
-    ours = replace(ours, model=replace(ours.model, dims=stated(ours.checkpoint, theirs.model.dims)))
+    ours = as_stated(ours, theirs)
     stream, reason = (True, ()) if options.stream else _must_stream(theirs, dtype, device)
-    mode = Mode(dtype, device, stream, options.shelf_bytes)
-    with single_process(), exact_kernels(), enough_memory(options):
-        outputs, trace = Traffic(theirs, ours, mode).run([on(one.prompt, device) for one in named], report)
-        results = tuple(compared(found, one, dtype) for found, one in zip(outputs, named, strict=True))
-    passed = all(one.passed for one in results)
+    mode = Mode(dtype, device, stream, options.shelf_bytes, narrower(theirs, ours) if weights.tolerated else None)
+    results: tuple[PromptResult, ...] = ()
+    points: tuple[PointResult, ...] = ()
+    try:
+        with single_process(), exact_kernels(), enough_memory(options):
+            outputs, trace = Traffic(theirs, ours, mode).run([on(one.prompt, device) for one in named], report)
+            results = tuple(compared(found, one, dtype) for found, one in zip(outputs, named, strict=True))
+        points = trace.results()
+        place = None if all(one.passed for one in results) else find_place(trace.first_wrong(), weights)
+    except Refused as error:
+        place = refused(str(error), weights)
     return LogitsReport(
         device=described(device),
         dtype=options.dtype,
@@ -65,12 +71,21 @@ def compare_logits(
         multiple=MULTIPLE,
         mode="stream" if stream else "whole",
         prompts=results,
-        points=trace.results(),
-        place=None if passed else find_place(trace.first_wrong(), weights),
+        points=points,
+        place=place,
         notes=(*notes, *reason),
         seconds=time.monotonic() - began,
         peak_bytes=peak_bytes(device),
     )
+
+
+def as_stated(ours: MegatronModel, theirs: HuggingFaceModel) -> MegatronModel:
+    """The checkpoint as the model that it says it is, of which opening took the folder's word."""
+    dims = stated(ours.checkpoint, theirs.model.dims)
+    if dims.tied == ours.model.dims.tied:
+        return replace(ours, model=replace(ours.model, dims=dims))
+    layout = theirs.model.experts_layout
+    return open_megatron(ours.checkpoint.folder, None, dims, "hub" if layout == "none" else layout)
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

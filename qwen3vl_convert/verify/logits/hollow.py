@@ -4,6 +4,8 @@ Every parameter has its shape, dtype and device, and the memory of one number, N
 right answer, and whatever computes with one that was not lent gets NaN, a mistake that cannot be overlooked.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +25,15 @@ class _RealRanges(TorchFunctionMode):
         if func is torch.arange:
             kwargs.setdefault("device", "cpu")
         return func(*args, **kwargs)
+
+
+def give_back_memory() -> None:
+    """Return what was freed to the system, where the C library is glibc: each of its heaps, and there is one for every
+    thread, would else keep what a layer took.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager
@@ -64,7 +75,7 @@ Named = str | tuple[str, int]
 
 
 class Shelf:
-    """Weights that were read, by name, as long as they fit into `most` bytes; what does not is read each time.
+    """Weights that were read, by name: the first, and more while all fit into `most` bytes. The rest is read each time.
 
     Every pass needs the weights of a layer in the same order, so to drop the oldest for the newest would help none.
     """
@@ -79,7 +90,7 @@ class Shelf:
         found = self.held.get(name)
         if found is None:
             found = self.read(name)
-            if self.nbytes + found.nbytes <= self.most:
+            if not self.held or self.nbytes + found.nbytes <= self.most:
                 self.held[name] = found
                 self.nbytes += found.nbytes
         return found

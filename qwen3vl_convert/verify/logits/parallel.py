@@ -23,6 +23,7 @@ from qwen3vl_convert.models.ranks import everyones, ranks, together
 from qwen3vl_convert.models.world import World, parallel_world
 from qwen3vl_convert.verify.logits.compare import (
     DTYPES,
+    as_stated,
     compared,
     described,
     device_of,
@@ -47,7 +48,6 @@ from qwen3vl_convert.verify.logits.prompts import NamedPrompt, Prompt, verificat
 from qwen3vl_convert.verify.logits.stages import logits_in_stages
 from qwen3vl_convert.verify.logits.traffic import MULTIPLE, Mode, Outputs, Report, clear_all
 from qwen3vl_convert.verify.result import LogitsReport, Place, PromptResult, WeightsReport
-from qwen3vl_convert.verify.settings import stated
 from qwen3vl_convert.verify.verification import LogitsOptions
 
 PATIENCE = timedelta(days=2)
@@ -80,7 +80,7 @@ def compare_logits_in_parallel(
     What fails in one process is raised in all; but where processes wait for what it sends, torchrun ends them with it.
     """
     began = time.monotonic()
-    ours = replace(ours, model=replace(ours.model, dims=stated(ours.checkpoint, theirs.model.dims)))
+    ours = as_stated(ours, theirs)
     layout = layout_of(ours.checkpoint, ours.model)
     check_processes(layout, ours.checkpoint)
     if options.stream:

@@ -24,6 +24,9 @@ _BETWEEN = {
 }
 """What lies between the points before and the input of a module, by the module's last name."""
 
+_BEFORE = {"vision_model.decoder.layers.0.input_layernorm": ("model.visual.pos_embed.weight",)}
+"""HF parameters that have no point of their own, by the module whose input they go into."""
+
 _SETTINGS = {
     "linear_proj": ("rope_theta", "mrope_section", "head_dim", "heads", "kv_heads", "vision_heads"),
     "mlp": ("top_k", "experts"),
@@ -38,16 +41,24 @@ def find_place(first: tuple[Point, PointResult] | None, weights: WeightsReport) 
     if first is None:
         return Place(None, "Every module agrees and the logits do not: something is done with them after the model.")
     point, result = first
-    wrong = [one for one in weights.differences if one.name in point.aligned.parameters]
+    behind = _BEFORE.get(result.module, ()) if point.side == "input" else point.aligned.parameters
+    wrong = [one for one in weights.differences if one.name in behind]
     last = point.aligned.module.rpartition(".")[2]
     named = _settings_behind(last, point.side, weights.settings)
     text = f"{result.name}, {point.side}: {_said(point, last, wrong)}"
     return Place(result, text + (f". Settings that differ: {named}." if named else "."), tuple(d.name for d in wrong))
 
 
+def refused(reason: str, weights: WeightsReport) -> Place:
+    """Where our model does not even take the prompts."""
+    named = listing(weights.settings, 4)
+    text = f"The Megatron model, with the settings that the checkpoint states, refuses the prompts: {reason}"
+    return Place(None, text + (f" Settings that differ: {named}." if named else ""))
+
+
 def _said(point: Point, last: str, wrong: Sequence[Difference]) -> str:
-    if wrong and (point.side == "output" or last == "mlp"):
-        return _parameters(wrong)
+    if wrong:
+        return f"{'its' if point.side == 'output' else 'the'} weights differ {_parameters(wrong)}"
     if point.side == "output" and last == "mlp":
         return "its weights are equal: the choice of experts (top_k, how their shares are normalised) is another"
     if point.side == "output":
@@ -57,7 +68,7 @@ def _said(point: Point, last: str, wrong: Sequence[Difference]) -> str:
 
 def _parameters(wrong: Sequence[Difference]) -> str:
     guesses = list(dict.fromkeys(one.guess for one in wrong if one.guess))
-    names = f"its weights differ ({listing([one.name for one in wrong], 3)})"
+    names = f"({listing([one.name for one in wrong], 3)})"
     return f"{names}: {'; '.join(guesses[:2])}" if guesses else names
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen3vl_convert.dims import Dims
-from qwen3vl_convert.errors import InputError, UnsupportedFormat, listing
+from qwen3vl_convert.errors import UnsupportedFormat
 from qwen3vl_convert.huggingface.config import rebuild_config
 from qwen3vl_convert.huggingface.experts import experts_layout
 from qwen3vl_convert.mappings import MappingRegistry, Pair, View, mapping_registry
@@ -29,6 +29,8 @@ EXACT = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
 
 ROUNDED_BYTES = 1 << 30
 """Of a layer's weights that are held in the dtype of a runner, so that they are not rounded again for every prompt."""
+WORDS = tuple(name.removesuffix(".weight") for name in EMBEDDING)
+"""The tables of words, of which a few rows are used: these are rounded, not the table."""
 STACK = ".mlp.experts"
 """How the modules of transformers end that hold all experts of a layer in one parameter."""
 
@@ -76,25 +78,21 @@ def lend_all(model: nn.Module, shelf: Shelf, dtypes: Sequence[torch.dtype]) -> S
 
     Gives the shelf of what was rounded.
     """
-
-    def rounded_to(name: Named) -> Tensor:
-        tensor = shelf.get(name)
-        for dtype in dtypes:
-            tensor = tensor.to(dtype)
-        return tensor
-
-    rounded = Shelf(rounded_to, min(shelf.most, ROUNDED_BYTES))
+    made = Shelf(lambda name: rounded(shelf.get(name), dtypes), min(shelf.most, ROUNDED_BYTES))
     taken = owners(model)
     output, embedding = (name.removesuffix(".weight") for name in (OUTPUT[0], EMBEDDING[0]))
     if embedding in taken and output not in taken:
         taken[output] = {"weight": EMBEDDING[0]}  # Megatron-Core hands the embedding to a tied output layer
     for name, names in taken.items():
         module = model.get_submodule(name)
-        if name.endswith(STACK):
-            module.__dict__ |= {key: LentStack(rounded.get, whole) for key, whole in names.items()}
+        if name.endswith(WORDS):
+            lend(module, names, shelf.get)
+            module.register_forward_hook(lambda module, args, output: rounded(output, dtypes))
+        elif name.endswith(STACK):
+            module.__dict__ |= {key: LentStack(made.get, whole) for key, whole in names.items()}
         else:
-            lend(module, names, rounded.get)
-    return rounded
+            lend(module, names, made.get)
+    return made
 
 
 def shelf_of(weights: Weights, most: int, device: torch.device) -> Shelf:
@@ -105,6 +103,29 @@ def shelf_of(weights: Weights, most: int, device: torch.device) -> Shelf:
         return tensor.to(device)
 
     return Shelf(read, most)
+
+
+def fill(model: nn.Module, weights: Weights, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
+    """Give a hollow model its weights for good, rounded to these dtypes one after another."""
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                tensor = rounded(_whole(weights, f"{name}.{key}", parameter), dtypes)
+                module._parameters[key] = nn.Parameter(tensor.to(device), requires_grad=False)
+
+
+def _whole(weights: Weights, name: str, like: Tensor) -> Tensor:
+    """A parameter, a stack of experts too."""
+    if not name.rpartition(".")[0].endswith(STACK):
+        return weights.parameter(name)
+    return torch.stack([weights.expert(name, number) for number in range(len(like))])
+
+
+def rounded(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
+    """In these dtypes one after another, to nearest even."""
+    for dtype in dtypes:
+        tensor = tensor.to(dtype)
+    return tensor
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -195,21 +216,6 @@ def build_theirs(folder: Path, dtype: torch.dtype) -> nn.Module:
     return one_by_one(model.eval())
 
 
-def load_theirs(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """transformers' model as its own loader makes it. Raises `InputError` unless the folder has exactly its tensors."""
-    transformers = _transformers()
-    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, **_plain_kernels()
-    )
-    if wrong := {kind: names for kind, names in info.items() if names}:
-        said = "; ".join(f"{kind}: {listing(map(str, names))}" for kind, names in wrong.items())
-        raise InputError(
-            f"{folder}: transformers {transformers.__version__} does not load it as it is: {said}. "
-            f"Weights and config.json are not of one model, or of a release that it does not know."
-        )
-    return one_by_one(model.to(device).eval())
-
-
 def _transformers() -> Any:
     """The package, quiet: its progress would go between ours."""
     transformers: Any = import_module("transformers")
@@ -265,15 +271,6 @@ def build_ours(dims: Dims, padded_vocab: int, dtype: torch.dtype) -> nn.Module:
             return provider.provide().eval()  # type: ignore[no-any-return]
     except ValueError as error:
         raise UnsupportedFormat(f"There are no logits: our model cannot be built at these sizes: {error}") from error
-
-
-def load_ours(model: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Give a hollow model its weights for good."""
-    for name, module in model.named_modules():
-        for key in (key for key, parameter in module._parameters.items() if parameter is not None):
-            tensor = weights.parameter(f"{name}.{key}").to(device, dtype)
-            module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
-    return model
 
 
 def our_logits(model: nn.Module, prompt: Prompt, vocab: int) -> Tensor:

@@ -15,14 +15,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from qwen3vl_convert.dims import Dims
-from qwen3vl_convert.errors import UsageError
+from qwen3vl_convert.errors import InputError, UsageError
 from qwen3vl_convert.model import MegatronModel
 from qwen3vl_convert.models.ranks import together
 from qwen3vl_convert.models.restore import Restoring, plan_restoring
 from qwen3vl_convert.models.world import World
 from qwen3vl_convert.verify.logits.hollow import hollow_out, weightless
 from qwen3vl_convert.verify.logits.pieces import TokenIds
-from qwen3vl_convert.verify.logits.programs import load_ours, our_provider
+from qwen3vl_convert.verify.logits.programs import fill, our_provider
 from qwen3vl_convert.verify.logits.prompts import Prompt, our_arguments
 from qwen3vl_convert.verify.logits.traffic import Mode
 
@@ -44,14 +44,13 @@ def logits_in_stages(
 
 @dataclass(frozen=True)
 class _ChunkWeights:
-    """The weights of one chunk of this process's model, rounded to a dtype."""
+    """The weights of one chunk of this process's model."""
 
     restoring: Restoring
     chunk: int
-    dtype: torch.dtype
 
     def parameter(self, name: str) -> Tensor:
-        return self.restoring.parameter(name, self.chunk).to(self.dtype)
+        return self.restoring.parameter(name, self.chunk)
 
     def expert(self, name: str, number: int) -> Tensor:
         return self.parameter(name)[number]
@@ -66,7 +65,7 @@ def _filled(ours: MegatronModel, world: World, mode: Mode, exact: bool) -> list[
     with together():
         for number, chunk in enumerate(chunks):
             hollow_out(chunk, mode.device)
-            load_ours(chunk, _ChunkWeights(restoring, number, mode.dtype), dtype, mode.device)
+            fill(chunk, _ChunkWeights(restoring, number), mode.dtypes(exact), mode.device)
     return chunks
 
 
@@ -130,7 +129,10 @@ def _run(chunks: Sequence[nn.Module], batch: Sequence[Prompt]) -> list[Tensor]:
 
 
 def _step(feed: Iterator[Prompt], chunk: nn.Module) -> tuple[Tensor, Callable[..., Tensor]]:
-    output = chunk(**our_arguments(next(feed)), runtime_gather_output=True)
+    try:
+        output = chunk(**our_arguments(next(feed)), runtime_gather_output=True)
+    except ValueError as error:
+        raise InputError(f"The Megatron model, with the settings that the checkpoint states: {error}") from error
     return output, lambda output, non_loss_data: output.clone()  # its memory goes when it is sent on
 
 

@@ -1,8 +1,8 @@
 """Both programs, each in two precisions, on their way through all prompts.
 
 With `stream` all four models are hollow and read each weight where a layer needs it. Otherwise the two in the dtype of
-the comparison are in memory, transformers' as its own loader makes it, and the exact ones borrow from them. Either way
-the four go through the layers side by side, so that what each layer gives can be compared and dropped.
+the comparison are in memory, and the exact ones borrow from them. Either way the four go through the layers side by
+side, so that what each layer gives can be compared and dropped.
 """
 
 import threading
@@ -14,22 +14,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qwen3vl_convert.model import HuggingFaceModel, MegatronModel
+from qwen3vl_convert.model import EMBEDDING, HuggingFaceModel, MegatronModel
 from qwen3vl_convert.models.restore import plan_restoring
+from qwen3vl_convert.storage import DTYPES
 from qwen3vl_convert.verify.logits.alignment import Aligned, align
 from qwen3vl_convert.verify.logits.convoy import Convoy, Station
-from qwen3vl_convert.verify.logits.hollow import Shelf, hollow_out
+from qwen3vl_convert.verify.logits.hollow import Shelf, give_back_memory, hollow_out
 from qwen3vl_convert.verify.logits.programs import (
     EXACT,
     Resident,
     Weights,
     build_ours,
     build_theirs,
+    fill,
     folder_weights,
     layers_of,
     lend_all,
-    load_ours,
-    load_theirs,
     our_logits,
     shelf_of,
     their_logits,
@@ -46,16 +46,33 @@ _Runner = tuple[str, bool]
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """How the models are run; `shelf_bytes`: of weights that a hollow model holds at a time."""
+    """How the models are run; `shelf_bytes`: of weights that a hollow model holds at a time. `narrow`: the dtype that
+    the weights of both are rounded to first, where their dtypes differ and may.
+    """
 
     dtype: torch.dtype
     device: torch.device
     stream: bool
     shelf_bytes: int
+    narrow: torch.dtype | None = None
 
     def dtypes(self, exact: bool) -> tuple[torch.dtype, ...]:
-        """What a runner's weights are rounded to: always to the dtype of the comparison first."""
-        return (self.dtype, EXACT[self.dtype]) if exact else (self.dtype,)
+        """What a runner's weights are rounded to, one after the other: always to the dtype of the comparison."""
+        common = (self.dtype,) if self.narrow is None else (self.narrow, self.dtype)
+        return (*common, EXACT[self.dtype]) if exact else common
+
+
+def narrower(theirs: HuggingFaceModel, ours: MegatronModel) -> torch.dtype | None:
+    """The dtype that the weights of two checkpoints have in common once the wider is rounded; None for the same."""
+    found = [next(iter(side.tensors.values())).dtype for side in (theirs, ours)]
+    if found[0] == found[1]:
+        return None
+    chosen: torch.dtype = getattr(torch, min(reversed(found), key=lambda dtype: DTYPES[dtype].itemsize))
+    return chosen
+
+
+class Refused(Exception):
+    """Our model, with the settings that the checkpoint states, does not take a prompt."""
 
 
 class Outputs(NamedTuple):
@@ -106,9 +123,8 @@ class Traffic:
 
     def _load(self) -> None:
         """Put the models of the comparison into memory; the exact ones take their weights from there."""
-        mode, folder = self.mode, self.theirs.checkpoint.folder
-        self.models[HF, False] = load_theirs(folder, mode.dtype, mode.device)
-        load_ours(self.models[MEGATRON, False], self.weights[MEGATRON], mode.dtype, mode.device)
+        for program in (HF, MEGATRON):
+            fill(self.models[program, False], self.weights[program], self.mode.dtypes(False), self.mode.device)
         self.weights = {program: Resident(self.models[program, False]) for program in (HF, MEGATRON)}
 
     def _stations(self) -> list[Station]:
@@ -130,13 +146,17 @@ class Traffic:
         model = self.models[runner]
         if runner[0] == HF:
             return their_logits(model, prompt)
-        return our_logits(model, prompt, self.ours.model.dims.vocab)
+        try:
+            return our_logits(model, prompt, self.ours.model.dims.vocab)
+        except ValueError as error:
+            raise Refused(str(error)) from error
 
 
 def clear_all(shelves: Iterable[Shelf]) -> None:
     """When a layer was passed."""
     for shelf in shelves:
         shelf.clear()
+    give_back_memory()
 
 
 def _counting(report: Report | None) -> Callable[[int, int], None]:
@@ -144,8 +164,10 @@ def _counting(report: Report | None) -> Callable[[int, int], None]:
 
 
 def _places(aligned: Iterable[Aligned]) -> dict[str, int]:
-    """Where the modules with parameters stand among all, by their name in either program."""
-    places: dict[str, int] = {}
+    """Where the modules with parameters stand among all, by their name in either program: words before the vision tower
+    since both look them up first.
+    """
+    places: dict[str, int] = {EMBEDDING[side].removesuffix(".weight"): -1 for side in range(2)}
     for place, one in enumerate(aligned):
         for name in (one.module, *one.hf_modules):
             places.setdefault(name, place)
