@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from broken import QUICK, contents
-from models.sides import transformers_release
 from qwen3vl_convert import ParallelLayout, megatron_to_hf
 from qwen3vl_convert.verify.logits.hollow import Shelf
 from qwen3vl_convert.verify.result import LogitsReport, Verification
@@ -24,12 +23,15 @@ from verify.planting import Bases, Fault
 pytest.importorskip("transformers")
 pytest.importorskip("megatron.core")
 
-pytestmark = [pytest.mark.megatron, pytest.mark.transformers, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.megatron,
+    pytest.mark.transformers,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+]
 
 STREAM = LogitsOptions(device="cpu", stream=True)
 WHOLE = LogitsOptions(device="cpu")
-OWN_LAYOUT = "v5" if transformers_release() >= (5, 0) else "hub"
-"""Of experts that transformers has in memory: the one that its loader takes for what it is, whatever the sizes."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,6 @@ class Right:
     layout: ParallelLayout | None = None
     experts: str = "hub"
     tolerant: bool = False
-    stream: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def folders(self, bases: Bases) -> tuple[Path, Path]:
@@ -68,11 +69,10 @@ RIGHT = {
     "widened to float32": Right("bfloat16", tolerant=True, options={"dtype": "fp32"}),
     "moe, EP2": Right("moe", ParallelLayout(ep=2)),
     "moe, TP2, EP2, ETP2": Right("moe", ParallelLayout(tp=2, ep=2, etp=2)),
-    "moe, v5": Right("moe", experts="v5", stream=True),
-    "moe, per expert": Right("moe", experts="per-expert", stream=True),
-    "square experts": Right("square up", ParallelLayout(ep=2, pp=2), stream=True),
+    "moe, v5": Right("moe", experts="v5"),
+    "moe, per expert": Right("moe", experts="per-expert"),
+    "square experts": Right("square up", ParallelLayout(ep=2, pp=2)),
 }
-"""Those that the loader of an installed transformers does not take, or takes for something else, are streamed."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("right", RIGHT.values(), ids=RIGHT)
 def test_right_checkpoints_pass(right: Right, dtype: str, bases: Bases) -> None:
-    options = LogitsOptions(device="cpu", dtype=dtype, stream=right.stream)
+    options = LogitsOptions(device="cpu", dtype=dtype)
     found = verify(*right.folders(bases), dtype_tolerant=right.tolerant, logits=options)
     assert_passes(found)
 
@@ -163,8 +163,7 @@ def test_the_layout_of_experts_changes_nothing(
     """Whatever the folder has, transformers is given the same weights."""
     folder, run = with_experts(bases, "moe", experts), bases.megatron("moe")
     assert numbers(logits_of(folder, run, STREAM)) == numbers(streamed("moe"))
-    if experts == OWN_LAYOUT:
-        assert numbers(logits_of(folder, run, WHOLE)) == numbers(streamed("moe"))
+    assert numbers(logits_of(folder, run, WHOLE)) == numbers(streamed("moe"))
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -16,7 +16,12 @@ from verify.planting import Bases, Fault
 pytest.importorskip("transformers")
 pytest.importorskip("megatron.core")
 
-pytestmark = [pytest.mark.megatron, pytest.mark.transformers, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.megatron,
+    pytest.mark.transformers,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+]
 
 IN_BFLOAT16 = ("gate and up swapped", "no deepstack", "one TP shard twice")
 

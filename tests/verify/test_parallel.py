@@ -58,6 +58,7 @@ RUNS = {
     "pp2 uneven": Run("dense", ParallelLayout(pp=2, first_stage_layers=3)),
     "tp2, two replicas": Run("dense", ParallelLayout(tp=2), size=4),
 }
+QUICK_RUNS = ("tp2 pp2", "tp2 ep2")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,9 @@ def apart(one: Tensor, other: Tensor) -> float:
 # ---- the same as in one process --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK_RUNS else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_same_as_in_one_process(name: str, checkpoints: Checkpoints, alone: Alone) -> None:
     run = RUNS[name]
     expected = alone(run.model, run.dtype)
@@ -141,6 +144,7 @@ def test_same_as_in_one_process(name: str, checkpoints: Checkpoints, alone: Alon
         assert apart(found[3], logits[3]) <= 2 * result.allowed
 
 
+@pytest.mark.slow
 def test_each_process_holds_a_part_of_the_experts(checkpoints: Checkpoints) -> None:
     """Or this file shows nothing."""
     parts = started(parallel_rank.held, checkpoints.job(RUNS["tp2 ep2"]), 2)
@@ -152,6 +156,7 @@ def test_each_process_holds_a_part_of_the_experts(checkpoints: Checkpoints) -> N
     assert [len(names) for names in experts] == [2 * 2] * 2  # two of four, in two matrices each
 
 
+@pytest.mark.slow
 def test_each_process_holds_a_part_of_the_layers(checkpoints: Checkpoints) -> None:
     """Tied embeddings are on the first stage and on the last, and while there are none yet none are sent."""
     parts = started(parallel_rank.held, checkpoints.job(RUNS["tp2 pp2"]), 4)
@@ -234,6 +239,7 @@ def test_a_layout_that_the_model_cannot_be_run_in(checkpoints: Checkpoints, tmp_
         assert re.search(r"written as PP2, in which .* 2 text layers.* without torchrun", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [0, 3])
 def test_what_one_cannot_read_is_raised_in_all(where: int, checkpoints: Checkpoints) -> None:
     found = started(parallel_rank.cannot_read, checkpoints.job(RUNS["tp2 pp2"]), 4, where)
@@ -242,6 +248,7 @@ def test_what_one_cannot_read_is_raised_in_all(where: int, checkpoints: Checkpoi
     assert found == expected
 
 
+@pytest.mark.slow
 def test_what_fails_in_transformers_is_raised_in_all(checkpoints: Checkpoints) -> None:
     found = started(parallel_rank.cannot_run_theirs, checkpoints.job(RUNS["tp2 ep2"]), 2, 0)
     assert found == [("CorruptFile", "a planted fault"), ("CorruptFile", "rank 0: a planted fault")]
