@@ -87,7 +87,7 @@ def lend_all(model: nn.Module, shelf: Shelf, dtypes: Sequence[torch.dtype]) -> S
         module = model.get_submodule(name)
         if name.endswith(WORDS):
             lend(module, names, shelf.get)
-            module.register_forward_hook(lambda module, args, output: rounded(output, dtypes))
+            module.register_forward_hook(lambda module, args, output: rounded(output, dtypes), prepend=True)
         elif name.endswith(STACK):
             module.__dict__ |= {key: LentStack(made.get, whole) for key, whole in names.items()}
         else:
