@@ -50,7 +50,7 @@ LogitsDtype = Annotated[
 Stream = Annotated[
     bool,
     typer.Option(
-        "--stream", help="With --logits: layer by layer, in the memory of one of them.", rich_help_panel=_LOGITS
+        "--stream", help="With --logits: layer by layer, for models that do not fit.", rich_help_panel=_LOGITS
     ),
 ]
 
