@@ -1,0 +1,64 @@
+"""torch's scaled_dot_product_attention over a paged pool: on every device, in every dtype.
+
+Axes: as in `backend`; G heads that share one head of keys and values.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qwen3vl_convert.inference.attention.backend import AttentionBackend, Metadata, Span, paged
+from qwen3vl_convert.inference.forward_batch import ForwardBatch
+
+if TYPE_CHECKING:
+    from qwen3vl_convert.inference.attention.radix_attention import RadixAttention
+
+
+class SDPABackend(AttentionBackend):
+    """Decoding is one call for the whole batch, padded to its longest sequence; prompts are one call each."""
+
+    def forward_decode(self, q: Tensor, layer: "RadixAttention", batch: ForwardBatch) -> Tensor:
+        """The G heads of a group stand as so many queries: keys need not be repeated."""
+        metadata: Metadata = batch.attention_metadata
+        k, v = (one[metadata.pages].flatten(1, 2).transpose(1, 2) for one in paged(batch, layer))
+        grouped = q.view(len(q), layer.num_kv_heads, -1, layer.head_dim)
+        found = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=metadata.seen, scale=layer.scaling)
+        return found.flatten(1, 2)
+
+    def forward_extend(self, q: Tensor, k: Tensor, v: Tensor, layer: "RadixAttention", batch: ForwardBatch) -> Tensor:
+        metadata: Metadata = batch.attention_metadata
+        if len(metadata.spans) == 1:
+            return self._extend_one(q, k, v, metadata.spans[0], layer, batch)
+        parts = [slice(span.first, span.stop) for span in metadata.spans]
+        found = (
+            self._extend_one(q[part], k[part], v[part], span, layer, batch)
+            for part, span in zip(parts, metadata.spans, strict=True)
+        )
+        return torch.cat(list(found))
+
+    def _extend_one(
+        self, q: Tensor, k: Tensor, v: Tensor, span: Span, layer: "RadixAttention", batch: ForwardBatch
+    ) -> Tensor:
+        mask = None
+        if span.cached:
+            k, v = cached(span, layer, batch)
+            at = torch.arange(span.cached, len(k), device=q.device)
+            mask = torch.arange(len(k), device=q.device) <= at[:, None]
+        q, k, v = (one.transpose(0, 1)[None] for one in (q, k, v))
+        found = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=layer.scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return found[0].transpose(0, 1)
+
+
+def cached(span: Span, layer: "RadixAttention", batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+    """All keys and values [cached + new, K, D] of a sequence. Raises ValueError where there is no pool to have them."""
+    if span.slots is None or batch.token_to_kv_pool is None:
+        raise ValueError(
+            f"A sequence says that {span.cached} of its tokens are cached, and the batch has no token_to_kv_pool. "
+            "Pass the pool, or whole sequences."
+        )
+    k, v = batch.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+    return k[span.slots], v[span.slots]
