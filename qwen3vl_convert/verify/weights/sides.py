@@ -5,68 +5,20 @@ The equations align them, as for a conversion; `Assembled` carries the conversio
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
+from qwen3vl_convert.assembled import Assembled
 from qwen3vl_convert.errors import ConvertError, MisshapenTensor, MissingTensors
-from qwen3vl_convert.fill import gather
 from qwen3vl_convert.mappings import Layout
 from qwen3vl_convert.megatron.checkpoint import read_megatron
 from qwen3vl_convert.model import EMBEDDING, OUTPUT, HuggingFaceModel, MegatronModel, open_megatron
-from qwen3vl_convert.plan import Box, ChunkIndex, Job, Link, Plan, Target, links, make_plan, pieces
+from qwen3vl_convert.plan import Box, Link, Target, links, make_plan, pieces
 from qwen3vl_convert.reader import read_box
 from qwen3vl_convert.storage import DTYPES, Chunk, StoredTensor
-from qwen3vl_convert.strided import Array, raw
+from qwen3vl_convert.strided import Array
 from qwen3vl_convert.verify.weights.bits import rounded
 
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Assembled:
-    """Tensors put together from the chunks of a checkpoint, a box at a time, in the dtype that they are stored in."""
-
-    source: dict[str, StoredTensor]
-    links: dict[str, tuple[Link, ...]]
-
-    @cached_property
-    def _plan(self) -> Plan:
-        indices = {name: ChunkIndex(tensor) for name, tensor in self.source.items()}
-        return Plan(self.source, Target({}, {}), (), indices)
-
-    @cached_property
-    def _spans(self) -> dict[str, tuple[tuple[int, int, Link], ...]]:
-        """The rows that each link reaches: a stack has a link per expert, and a piece of it needs one or two."""
-        return {name: tuple((*_rows(link), link) for link in into) for name, into in self.links.items()}
-
-    def keys(self, name: str) -> tuple[str, ...]:
-        """The stored tensors that one is made of."""
-        return tuple(dict.fromkeys(link.source_name for link in self.links[name]))
-
-    def dtypes(self, name: str) -> tuple[str, ...]:
-        """More than one only where a tensor is made of tensors of several dtypes."""
-        return tuple(sorted({self.source[key].dtype for key in self.keys(name)}))
-
-    def read(self, name: str, box: Box, dtype: str, linked: tuple[Link, ...] | None = None) -> Array:
-        """The bits of a box in a dtype: the stored one, or one that holds all its numbers. `linked`: as other links
-        than the right ones would have it.
-        """
-        buffer = bytearray(int(np.prod(box[1])) * DTYPES[dtype].itemsize)
-        job = Job(name, dtype, Chunk(*box, Path(), 0), self._reaching(name, box) if linked is None else linked)
-        gather(list(self._plan.copies(job, box)), job, memoryview(buffer))
-        return raw(buffer, dtype).reshape(box[1])
-
-    def _reaching(self, name: str, box: Box) -> tuple[Link, ...]:
-        first, stop = box[0][0], box[0][0] + box[1][0]
-        return tuple(link for start, end, link in self._spans[name] if start < stop and first < end)
-
-
-def _rows(link: Link) -> tuple[int, int]:
-    """The first row that it reaches, and the one after the last."""
-    offsets, sizes = link.target.bounds()
-    return offsets[0], offsets[0] + sizes[0]
 
 
 @dataclass(frozen=True)
