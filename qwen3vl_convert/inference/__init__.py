@@ -18,6 +18,7 @@ _PLACES = {
     "Qwen3VLTextModel": "text",
     "Qwen3VLForConditionalGeneration": "model",
     "get_rope_index": "positions",
+    "logger": "model",
     "RadixAttention": "attention.radix_attention",
     "ForwardBatch": "forward_batch",
     "ForwardMode": "forward_batch",

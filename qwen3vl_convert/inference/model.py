@@ -3,6 +3,7 @@
 Axes: T tokens of all sequences of a batch, B sequences, h features, n deepstack layers; N visual tokens.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from qwen3vl_convert.inference.quantization import QuantizationConfig
 from qwen3vl_convert.inference.strict import load_into
 from qwen3vl_convert.inference.text import Qwen3VLTextModel
 from qwen3vl_convert.inference.vision import Qwen3VLVisionModel
+
+logger = logging.getLogger(__name__)
 
 
 class Qwen3VLForConditionalGeneration(nn.Module):
@@ -73,8 +76,9 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         hidden_states = self.model(input_ids, at, forward_batch, embeds, deepstack)
         if forward_batch.logits_indices is not None:
             hidden_states = hidden_states[forward_batch.logits_indices]
-        head = self.get_input_embeddings() if self.lm_head is None else self.lm_head
-        return functional.linear(hidden_states, head.weight)
+        if self.lm_head is None:
+            return functional.linear(hidden_states, self.get_input_embeddings().weight)
+        return self.lm_head(hidden_states)  # type: ignore[no-any-return]
 
     def _mrope_positions(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
         if batch.mrope_positions is not None:
@@ -158,6 +162,7 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         Raises MissingTensors, UnknownTensors or MisshapenTensor unless each is there exactly once in its shape.
         """
         load_into(self, weights)
+        logger.info("All weights of the %d layers are loaded.", self.config.layers)
 
 
 def vision_model(dims: Dims) -> Qwen3VLVisionModel:

@@ -42,14 +42,15 @@ class World:
     def prompt(self, row: Row, seed: int = 0) -> Prompt:
         return prompt_of(self.dims, [row], seed=seed)
 
-    def expected(self, prompt: Prompt, more: list[int] | None = None) -> Tensor:
+    def expected(self, prompt: Prompt, more: list[int] | None = None, device: str = "cpu") -> Tensor:
         """Logits [S + more, vocab] of a whole forward of transformers, of a prompt that goes on with `more` tokens."""
         if more:
             ids = torch.cat((prompt.input_ids, torch.tensor([more])), dim=1)
             types = torch.cat((prompt.mm_token_type_ids, torch.zeros(1, len(more), dtype=torch.int64)), dim=1)
             prompt = replace(prompt, input_ids=ids, mm_token_type_ids=types, attention_mask=torch.ones_like(ids))
+        inputs = {name: tensor.to(device) for name, tensor in their_arguments(prompt).items()}
         with torch.no_grad():
-            logits: Tensor = self.theirs(**their_arguments(prompt), use_cache=False).logits[0]
+            logits: Tensor = self.theirs(**inputs, use_cache=False).logits[0]
         return logits
 
 

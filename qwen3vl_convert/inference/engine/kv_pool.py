@@ -119,9 +119,11 @@ class ReqToTokenPool:
     def available(self) -> int:
         return len(self._free)
 
-    def alloc(self) -> int | None:
-        """A row, or None where all are taken."""
-        return self._free.pop() if self._free else None
+    def alloc(self) -> int:
+        """A row. Raises ValueError where all are taken."""
+        if not self._free:
+            raise ValueError(f"rows: expected at most {self.max_reqs} sequences at once, found one more")
+        return self._free.pop()
 
     def free(self, row: int) -> None:
         if not 0 < row <= self.max_reqs or row in self._free:
