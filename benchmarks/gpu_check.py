@@ -1,13 +1,13 @@
-"""The Megatron model against transformers on a GPU: the same logits, how long a prefill takes, and what the verifier
-says of checkpoints of real shapes and of planted faults.
+"""The models against transformers on a GPU: the same logits, how long a prefill takes, what the verifier says of
+checkpoints of real shapes and of planted faults, and what the inference engine computes.
 
     python benchmarks/gpu_check.py [--device cuda|cpu] [--quick] [--write docs/gpu-results.md]
 
-Five parts: logits of tiny models for every kind of prompt; the fixed-length forward of the vision tower that CUDA
+Six parts: logits of tiny models for every kind of prompt; the fixed-length forward of the vision tower that CUDA
 graphs have; logits of a model of 2B shapes; times of a prefill of that model beside transformers with its sdpa
-attention; `verify --logits` of 2B and 8B shapes and a 30B-A3B cut to 12 layers, and of three faults. Weights are
-random, written to a temporary folder (up to 35 GB). With `--quick` tiny models take the place of real shapes: that runs
-on a CPU too. The exit code is 1 if a check failed.
+attention; `verify --logits` of 2B and 8B shapes and a 30B-A3B cut to 12 layers, and of three faults; every step of
+prompts that the inference engine serves. Weights are random, written to a temporary folder (up to 35 GB). With
+`--quick` tiny models take the place of real shapes: that runs on a CPU too. The exit code is 1 if a check failed.
 
 How much may differ. In float32, 2e-5, or on a GPU three times what transformers itself differs there from a CPU, if
 that is more: both are right, and sums are done in another order. In bfloat16, transformers in float32 is the reference
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -39,6 +39,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+from gpu_inference import HEAD as SERVED_HEAD  # noqa: E402
+from gpu_inference import Served, served  # noqa: E402
 from gpu_verify import HEAD as VERIFIED_HEAD  # noqa: E402
 from gpu_verify import Verified, verifications  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -323,8 +325,21 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def report(checks: list[Check], timings: list[Timing], verified: list[Verified], options: argparse.Namespace) -> str:
-    failed = sum(not check.passed for check in checks) + sum(not one.passed for one in verified)
+Checked = Sequence[Check | Verified | Served]
+
+
+def counted(checked: Checked) -> str:
+    """How many checks there were, and how many failed."""
+    return f"{len(checked)} checks, {sum(not one.passed for one in checked)} failed"
+
+
+def report(
+    checks: list[Check],
+    timings: list[Timing],
+    verified: list[Verified],
+    answers: list[Served],
+    options: argparse.Namespace,
+) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core"))
     command = " ".join(["python benchmarks/gpu_check.py", *arguments_said(options)])
     return (
@@ -332,14 +347,17 @@ def report(checks: list[Check], timings: list[Timing], verified: list[Verified],
         f"{INTRODUCTION}\n"
         f"`{command}`, {datetime.now(UTC):%Y-%m-%d}: {machine(options.device)}, "
         f"Python {platform.python_version()}, {packages},\n"
-        f"{layers(options.device)}. {len(checks) + len(verified)} checks, {failed} failed.\n\n"
+        f"{layers(options.device)}. {counted([*checks, *verified, *answers])}.\n\n"
         f"{table(CHECK_HEAD, [check.cells() for check in checks])}\n"
         "Measured is the greatest difference in float32, and the root mean square error in bfloat16.\n\n"
         f"{table(TIMING_HEAD, [timing.cells() for timing in timings])}\n"
         "Best of several runs, the two in turn; a ratio below one means that the Megatron model took less time.\n\n"
         f"{table(VERIFIED_HEAD, [one.cells() for one in verified])}\n"
         "Of the prompt that came nearest to what is allowed, or beyond it. The time has the reading of weights in it; "
-        "memory is the device's.\n"
+        "memory is the device's.\n\n"
+        f"{table(SERVED_HEAD, [one.cells() for one in answers])}\n"
+        "Prompts of text, images and video, one after the other, prefilled in chunks of 24 tokens and decoded for 12 "
+        "steps by captured graphs; figures as in the first table.\n"
     )
 
 
@@ -379,11 +397,12 @@ def main(arguments: list[str] | None = None) -> int:
     folder = tempfile.TemporaryDirectory(prefix="gpu-check-", dir=options.work)
     with folder as name:  # in a world of its own
         verified = [said(one) for one in verifications(Path(name), options.device, options.quick)]
+        answers = [said(one) for one in served(Path(name), options.device)]
     if options.write:
-        options.write.write_text(report(checks, timings, verified, options))
-    failed = sum(not check.passed for check in checks) + sum(not one.passed for one in verified)
-    print(f"{len(checks) + len(verified)} checks, {failed} failed")
-    return 1 if failed else 0
+        options.write.write_text(report(checks, timings, verified, answers, options))
+    checked = [*checks, *verified, *answers]
+    print(counted(checked))
+    return 0 if all(one.passed for one in checked) else 1
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:

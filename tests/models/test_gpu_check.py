@@ -26,13 +26,14 @@ def test_it_passes_and_writes_its_page(program: dict[str, Any], tmp_path: Path) 
     page = tmp_path / "page.md"
     assert program["main"](["--device", "cpu", "--quick", "--work", str(tmp_path), "--write", str(page)]) == 0
     text = page.read_text()
-    assert "55 checks, 0 failed" in text
+    assert "61 checks, 0 failed" in text
     for part in (
         "| logits | packed |",
         "| vision, fixed length |",
         "| logits, tiny shapes |",
         "prefill, bfloat16",
         "| tiny: rope theta 500000 | bf16 | whole |",
+        "| moe | bfloat16 |",
     ):
         assert part in text
     assert text.startswith("# On a GPU\n\n" + program["INTRODUCTION"])
