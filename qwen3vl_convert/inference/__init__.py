@@ -1,44 +1,47 @@
-"""Qwen3-VL for inference on one accelerator or a CPU, and an engine that serves it. Needs torch alone.
+"""Qwen3-VL for inference on one accelerator or a CPU (`model`), and an engine that serves it. Needs torch alone.
 
 It shares no code with transformers or Megatron-Core, whose models it can therefore be held against.
 """
 
-from importlib import import_module
-from typing import Any
+from qwen3vl_convert.inference.attention.radix_attention import RadixAttention
+from qwen3vl_convert.inference.engine.engine import Engine, EngineOptions
+from qwen3vl_convert.inference.engine.requests import Completion, Request, SamplingParams, TokenEvent, VisualInputs
+from qwen3vl_convert.inference.forward_batch import ForwardBatch, ForwardMode
+from qwen3vl_convert.inference.loading import load_model
+from qwen3vl_convert.inference.model import Qwen3VLForConditionalGeneration, logger
+from qwen3vl_convert.inference.positions import get_rope_index
+from qwen3vl_convert.inference.text import Qwen3VLAttention, Qwen3VLDecoderLayer, Qwen3VLTextModel
+from qwen3vl_convert.inference.vision import (
+    Qwen3VisionAttention,
+    Qwen3VisionBlock,
+    Qwen3VisionMLP,
+    Qwen3VLVisionModel,
+    Qwen3VLVisionPatchEmbed,
+    Qwen3VLVisionPatchMerger,
+)
 
-_PLACES = {
-    "Qwen3VisionMLP": "vision",
-    "Qwen3VLVisionPatchEmbed": "vision",
-    "Qwen3VisionAttention": "vision",
-    "Qwen3VisionBlock": "vision",
-    "Qwen3VLVisionPatchMerger": "vision",
-    "Qwen3VLVisionModel": "vision",
-    "Qwen3VLAttention": "text",
-    "Qwen3VLDecoderLayer": "text",
-    "Qwen3VLTextModel": "text",
-    "Qwen3VLForConditionalGeneration": "model",
-    "get_rope_index": "positions",
-    "logger": "model",
-    "RadixAttention": "attention.radix_attention",
-    "ForwardBatch": "forward_batch",
-    "ForwardMode": "forward_batch",
-    "load_model": "loading",
-    "Engine": "engine.engine",
-    "EngineOptions": "engine.engine",
-    "Request": "engine.requests",
-    "SamplingParams": "engine.requests",
-    "VisualInputs": "engine.requests",
-    "Completion": "engine.requests",
-    "TokenEvent": "engine.requests",
-}
-__all__ = sorted(_PLACES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineOptions",
+    "ForwardBatch",
+    "ForwardMode",
+    "Qwen3VLAttention",
+    "Qwen3VLDecoderLayer",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLTextModel",
+    "Qwen3VLVisionModel",
+    "Qwen3VLVisionPatchEmbed",
+    "Qwen3VLVisionPatchMerger",
+    "Qwen3VisionAttention",
+    "Qwen3VisionBlock",
+    "Qwen3VisionMLP",
+    "RadixAttention",
+    "Request",
+    "SamplingParams",
+    "TokenEvent",
+    "VisualInputs",
+    "get_rope_index",
+    "load_model",
+    "logger",
+]
