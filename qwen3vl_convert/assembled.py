@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qwen3vl_convert.conversion import padding_of
-from qwen3vl_convert.fill import gather
+from qwen3vl_convert.fill import gather, is_run, mapped_run
 from qwen3vl_convert.mappings import Equation, Layout, View, mapping_registry
 from qwen3vl_convert.mappings.equation import Pair
 from qwen3vl_convert.mappings.layout import Axis
@@ -68,14 +68,28 @@ class Assembled:
         return raw(buffer, dtype).reshape(box[1])
 
     def tensor(self, name: str) -> "Tensor":
-        """A whole tensor newly read, on the CPU: in its stored dtype, or float32 where it is stored in several."""
+        """A whole tensor on the CPU: in its stored dtype, or float32 where it is stored in several.
+
+        One that lies in a file as it is, is mapped, and read as it is used; writing to it changes no file.
+        """
         import torch
 
         dtypes, shape = self.dtypes(name), self.shapes[name]
         dtype = dtypes[0] if len(dtypes) == 1 else "float32"
-        bits = self.read(name, ((0,) * len(shape), shape), dtype)
+        whole = (0,) * len(shape), shape
+        buffer = self._mapped(name, dtype, whole)
+        bits = self.read(name, whole, dtype) if buffer is None else raw(buffer, dtype)
         found: Tensor = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(getattr(torch, dtype))
-        return found
+        return found.view(shape)
+
+    def _mapped(self, name: str, dtype: str, whole: Box) -> memoryview | None:
+        """The bytes of a tensor that is one run of a file's, where processors expect elements to begin."""
+        copies = list(self._plan.copies(Job(name, dtype, Chunk(*whole, Path(), 0), self.links[name]), whole))
+        itemsize = DTYPES[dtype].itemsize
+        nbytes = int(np.prod(whole[1])) * itemsize
+        if len(copies) != 1 or not is_run(copies[0], dtype, nbytes) or copies[0].start % itemsize:
+            return None
+        return mapped_run(copies[0], nbytes)
 
     def _reaching(self, name: str, box: Box) -> tuple[Link, ...]:
         first, stop = box[0][0], box[0][0] + box[1][0]

@@ -122,7 +122,7 @@ class Filler:
         with self._target(job.chunk) as fd:
             offset = job.chunk.start + _first(box, job.chunk) * DTYPES[job.dtype].itemsize
             output = _Output(fd, offset, nbytes, self.folder / job.chunk.file)
-            if len(copies) == 1 and _is_run(copies[0], job.dtype, nbytes):
+            if len(copies) == 1 and is_run(copies[0], job.dtype, nbytes):
                 crc = _stream(copies[0], output, buffer)
             else:
                 crc = _assemble(copies, job, output, buffer)
@@ -186,7 +186,7 @@ def _first(box: Box, chunk: Chunk) -> int:
     return first
 
 
-def _is_run(copy: Copy, dtype: str, nbytes: int) -> bool:
+def is_run(copy: Copy, dtype: str, nbytes: int) -> bool:
     """Whether a copy is one run of bytes that is the whole piece."""
     if copy.dtype != dtype or copy.numel * DTYPES[dtype].itemsize != nbytes:
         return False
@@ -264,6 +264,24 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         os.close(fd)
 
 
+def mapped_run(copy: Copy, nbytes: int) -> memoryview:
+    """The bytes of a copy that is one run of them, mapped: as memory of one's own that the file only begins."""
+    start = copy.start + copy.source_first * DTYPES[copy.dtype].itemsize
+    lead = start % mmap.ALLOCATIONGRANULARITY
+    with _opened(copy.file, os.O_RDONLY) as fd:
+        mapped = _mapped(copy.file, fd, lead + nbytes, offset=start - lead, access=mmap.ACCESS_COPY)
+    if hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_WILLNEED)
+    return memoryview(mapped)[lead:]
+
+
+def _mapped(path: Path, fd: int, length: int, **how: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(fd, length, **how)
+    except (OSError, ValueError) as error:
+        raise CorruptFile(f"{path}: cannot be read: {error}. Was it changed while it was read?") from error
+
+
 @contextmanager
 def _window(copy: Copy) -> Iterator[np.ndarray]:
     """The elements of the source between the first and the last that a copy needs, mapped."""
@@ -273,10 +291,7 @@ def _window(copy: Copy) -> Iterator[np.ndarray]:
     lead = start % mmap.ALLOCATIONGRANULARITY
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
     with _opened(copy.file, os.O_RDONLY) as fd:
-        try:
-            mapped = mmap.mmap(fd, lead + span * itemsize, flags=flags, prot=mmap.PROT_READ, offset=start - lead)
-        except (OSError, ValueError) as error:
-            raise CorruptFile(f"{copy.file}: cannot be read: {error}. Was it changed while it was read?") from error
+        mapped = _mapped(copy.file, fd, lead + span * itemsize, flags=flags, prot=mmap.PROT_READ, offset=start - lead)
     yield raw(memoryview(mapped)[lead:], copy.dtype)
     with suppress(BufferError):  # a view may outlive this frame in a traceback; the mapping then goes with it
         mapped.close()

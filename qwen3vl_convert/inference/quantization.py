@@ -56,7 +56,7 @@ class UnquantizedLinearMethod(LinearMethod):
     def apply(
         self, layer: nn.Module, name: str, x: Tensor, bias: Tensor | None = None, index: int | None = None
     ) -> Tensor:
-        return F.linear(x, _picked(layer.get_parameter(name), index), bias)
+        return F.linear(x, _picked(getattr(layer, name), index), bias)
 
     def weight(self, layer: nn.Module, name: str, dtype: torch.dtype, index: int | Tensor | None = None) -> Tensor:
         return _picked(layer.get_parameter(name), index).to(dtype)

@@ -45,7 +45,7 @@ def load_into(model: "Qwen3VLForConditionalGeneration", weights: Iterable[tuple[
         given.add(name)
         if name in slots:
             _put(name, slots[name], tensor)
-        elif name == OUTPUT[1] and model.config.tied:
+        elif name == OUTPUT[1]:  # only a tied model has no slot for it
             spare = tensor
         del tensor  # before the next one is read
     _check_given(slots.keys(), given if spare is None else given - {OUTPUT[1]})
