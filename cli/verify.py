@@ -47,10 +47,20 @@ Device = Annotated[
 LogitsDtype = Annotated[
     str | None, typer.Option("--dtype", help="What the models compute in: fp32 or bf16.", rich_help_panel=_LOGITS)
 ]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="What computes with the Megatron checkpoint: megatron (Megatron-Core's layers) or inference.",
+        rich_help_panel=_LOGITS,
+    ),
+]
 Stream = Annotated[
     bool,
     typer.Option(
-        "--stream", help="With --logits: layer by layer, for models that do not fit.", rich_help_panel=_LOGITS
+        "--stream",
+        help="With --logits: layer by layer, in memory that hardly grows with their number.",
+        rich_help_panel=_LOGITS,
     ),
 ]
 
@@ -68,6 +78,7 @@ def verify(
     device: Device = None,
     dtype: LogitsDtype = None,
     stream: Stream = False,
+    model: ModelOption = None,
     report_file: Annotated[Path | None, typer.Option("--report", help="Write what was found as one HTML file.")] = None,
     max_memory: AnyMemory = None,
     workers: Workers = None,
@@ -82,7 +93,7 @@ def verify(
 
     if report_file is not None:
         _check_free(report_file)
-    chosen, options = _logits(logits, device, dtype, stream, max_memory), _fill(max_memory, workers)
+    chosen, options = _logits(logits, device, dtype, stream, max_memory, model), _fill(max_memory, workers)
     speaks = os.environ.get("RANK", "0") == "0" or not logits
     sink = Console(json and speaks, quiet or not speaks)
     with sink.progress() as report:
@@ -105,17 +116,24 @@ def verify(
 
 
 def _logits(
-    logits: bool, device: str | None, dtype: str | None, stream: bool, max_memory: str | None
+    logits: bool,
+    device: str | None,
+    dtype: str | None,
+    stream: bool,
+    max_memory: str | None,
+    model: str | None = None,
 ) -> "LogitsOptions | None":
     from qwen3vl_convert.verify import LogitsOptions
 
-    given = {"--device": device, "--dtype": dtype, "--stream": stream or None}
+    given = {"--device": device, "--dtype": dtype, "--stream": stream or None, "--model": model}
     if not logits and (named := [name for name, value in given.items() if value is not None]):
         raise UsageError(f"{', '.join(named)}: of use with --logits only. Add it, or leave them out.")
     if logits and not console.show_traceback:
         warnings.simplefilter("ignore")  # of the libraries, which warn of what is not installed when they are imported
     shelf = {} if max_memory is None else {"shelf_bytes": parse_bytes(max_memory, "--max-memory")}
-    return LogitsOptions(device or "auto", dtype or "fp32", stream, **shelf) if logits else None
+    if not logits:
+        return None
+    return LogitsOptions(device or "auto", dtype or "fp32", stream, model=model or "megatron", **shelf)
 
 
 def _fill(max_memory: str | None, workers: int | None) -> "FillOptions":

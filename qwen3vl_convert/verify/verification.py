@@ -22,6 +22,8 @@ from qwen3vl_convert.verify.weights import compare_weights, open_beside
 Report = Callable[[str, int, int], None]
 _PACKAGES = ("qwen3vl-convert", "torch", "transformers", "megatron-core")
 _NEEDED = {"torch": "torch", "megatron.core": "megatron-core", "transformers": "transformers"}
+_SPARED = {"megatron": (), "inference": ("megatron",)}
+"""Modules that are not needed, by `LogitsOptions.model`."""
 _NOT_READ = WeightsReport(0, 0, (), {}, (0,) * len(ULP_BUCKETS), "", ())
 
 
@@ -29,6 +31,8 @@ _NOT_READ = WeightsReport(0, 0, (), {}, (0,) * len(ULP_BUCKETS), "", ())
 class LogitsOptions:
     """How the logits are compared. `device`: auto, cuda or cpu. `dtype`: fp32 or bf16.
 
+    `model`: what computes with the Megatron checkpoint, `megatron` (Megatron-Core's layers) or `inference` (the
+    inference model, which shares no code with transformers or Megatron-Core, and needs neither Megatron-Core).
     `stream`: hold no more of the models than `shelf_bytes` of weights at a time, or the largest of them.
     """
 
@@ -36,12 +40,17 @@ class LogitsOptions:
     dtype: str = "fp32"
     stream: bool = False
     shelf_bytes: int = 6 << 30
+    model: str = "megatron"
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp32", "bf16"):
             raise UsageError(f"--dtype {self.dtype}: expected fp32 or bf16.")
         if self.device not in ("auto", "cuda", "cpu"):
             raise UsageError(f"--device {self.device}: expected auto, cuda or cpu.")
+        if self.model not in ("megatron", "inference"):
+            raise UsageError(f"--model {self.model}: expected megatron or inference.")
+        if self.stream and self.model == "inference":
+            raise UsageError("--stream with --model inference: that model is held whole. Leave one of them.")
 
 
 def verify(
@@ -62,7 +71,7 @@ def verify(
     checkpoints that cannot be compared, `UsageError` where what `logits` needs is not installed.
     """
     if logits is not None:
-        check_installed(headless)
+        check_installed(headless, logits.model)
     theirs = open_huggingface(resolve(huggingface, weights=True).folder, headless=headless)
     ours = open_beside(theirs, Path(megatron), iteration, headless)
     weights = _NOT_READ
@@ -82,6 +91,8 @@ def _compare_logits(
     report: Report | None,
 ) -> LogitsReport:
     if _processes() > 1:
+        if options.model == "inference":
+            raise UsageError("--model inference runs in one process: start it without torchrun.")
         from qwen3vl_convert.verify.logits.parallel import compare_logits_in_parallel
 
         return compare_logits_in_parallel(theirs, ours, options, weights, report)
@@ -99,13 +110,14 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_installed(headless: bool) -> None:
+def check_installed(headless: bool, model: str = "megatron") -> None:
     """Raise `UsageError` unless both models can be built here."""
     from importlib.util import find_spec
 
     if headless:
         raise UsageError("--logits with --headless: a model without an output layer has no logits. Leave one of them.")
-    missing = [package for module, package in _NEEDED.items() if find_spec(module.partition(".")[0]) is None]
+    needed = [(module, package) for module, package in _NEEDED.items() if not module.startswith(_SPARED[model])]
+    missing = [package for module, package in needed if find_spec(module.partition(".")[0]) is None]
     if missing:
         raise UsageError(
             f"--logits builds both models, and {', '.join(missing)} is not installed. "

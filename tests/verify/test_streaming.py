@@ -1,18 +1,25 @@
 """Models without weights, the shelf that lends them, and the convoy in which passes share what was read."""
 
+import gc
+import platform
+import re
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from qwen3vl_convert import ParallelLayout, hf_to_megatron, make_checkpoint
 from qwen3vl_convert.errors import UnsupportedFormat
+from qwen3vl_convert.make import SIZES
 from qwen3vl_convert.verify.logits.convoy import Convoy, Station
-from qwen3vl_convert.verify.logits.hollow import LentStack, Shelf, hollow_out, lend, weightless
+from qwen3vl_convert.verify.logits.hollow import LentStack, Shelf, apart, give_back_memory, hollow_out, lend, weightless
 
 CPU = torch.device("cpu")
 
@@ -31,9 +38,9 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self, depth: int = 3) -> None:
+    def __init__(self, depth: int = 3, width: int = 4) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -198,3 +205,77 @@ def test_no_gradients_are_kept() -> None:
     model = Stack()
     (found,) = convoy([model]).run([lambda: model(torch.ones(1, 4))])
     assert not found.requires_grad
+
+
+# ---- what is held does not grow with depth ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads the kernel's count; other C libraries differ")
+def test_memory_is_that_of_a_weight_whatever_the_depth() -> None:
+    """Of the process, as the kernel counts it: what a thread freed, and its heap keeps, is held all the same."""
+    weight, prompts, taken = 8 << 20, 10, []
+
+    def read(name: str) -> Tensor:
+        narrow = torch.zeros(1 << 20)
+        found = narrow.double()
+        taken.append(anonymous())
+        return found.view(1024, 1024) if name.endswith("linear.weight") else found[:1024].clone()
+
+    models = [hollow(lambda: Stack(depth=8, width=1024).double()) for _ in range(2)]
+    for model in models:
+        lent(model, read, most=2 * weight)
+    x = torch.zeros(1, 1024, dtype=torch.float64)
+    torch.empty(30 << 20, dtype=torch.uint8)  # as any large block does, its end has glibc raise its threshold
+    give_back_memory()
+    before = anonymous()
+    with apart():
+        convoy(models).run([partial(model, x) for model in models for _ in range(prompts)])
+    assert max(taken) - before < 8 * weight
+    assert max(taken[len(taken) // 2 :]) <= max(taken[: len(taken) // 2]) + weight // 2
+
+
+def anonymous() -> int:
+    """Bytes of this process's own memory."""
+    found = re.search(r"^Anonymous:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.megatron
+@pytest.mark.transformers
+@pytest.mark.filterwarnings("ignore")
+def test_no_layer_leaves_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the tensors that are alive whenever a layer was passed, in a model much deeper than those of other tests."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("megatron.core")
+    from qwen3vl_convert.verify.verification import LogitsOptions, verify
+
+    dims = replace(SIZES["tiny-moe"], layers=9, vision_depth=3)
+    make_checkpoint(tmp_path / "hf", dims)
+    hf_to_megatron(tmp_path / "hf", tmp_path / "run", layout=ParallelLayout(tp=2, ep=2))
+    held: dict[tuple[type, int], list[int]] = defaultdict(list)
+    passed: list[tuple[int, ...]] = []
+    serve = Convoy._serve
+
+    def counting(self: Convoy, station: Station, waiting: Any) -> None:
+        serve(self, station, waiting)
+        passed.append(station.key)
+        if hasattr(station.module, "self_attn") or hasattr(station.module, "self_attention"):
+            held[type(station.module), station.key[-1]].append(alive())
+
+    monkeypatch.setattr(Convoy, "_serve", counting)
+    assert verify(tmp_path / "hf", tmp_path / "run", logits=LogitsOptions(device="cpu", stream=True)).equal
+    firsts = list(dict.fromkeys(passed))
+    assert firsts == sorted(firsts)  # side by side, or what one program gave would wait for the other
+    layers = [found for found in held.values() if len(found) == dims.layers]
+    assert len(layers) == 4
+    attention = dims.hidden * dims.head_dim * (dims.heads + dims.kv_heads) * 2 * torch.float32.itemsize
+    for found in layers:
+        assert max(found[4:]) - max(found[1:4]) < attention
+
+
+def alive() -> int:
+    """Bytes of all tensors that Python knows of."""
+    tensors = [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter) and one.device == CPU]
+    return sum({one.data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())

@@ -7,6 +7,7 @@ rows: the equation of the weight, with tokens in the place of inputs, is the equ
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,8 +15,10 @@ from qwen3vl_convert.mappings import Equation
 from qwen3vl_convert.mappings.equation import Place
 from qwen3vl_convert.megatron.stored import on_disk
 from qwen3vl_convert.model import EMBEDDING, OUTPUT
-from qwen3vl_convert.models.restore import LiveParameter, Restoring
 from qwen3vl_convert.verify.logits.programs import owner_of
+
+if TYPE_CHECKING:
+    from qwen3vl_convert.models.restore import LiveParameter, Restoring
 
 _EXPERTS = ".mlp.experts."
 
@@ -24,7 +27,8 @@ _EXPERTS = ".mlp.experts."
 class Aligned:
     """A module of ours, and the modules of transformers that have the same parameters. `layer` is the model's.
 
-    `parameters` are the HF names of all its parameters. `arranged`: the equation of its outputs, if they are in another
+    `parameters` are the HF names of all its parameters; `before` those of what goes into it and has no point of its
+    own. `arranged`: the equation of its outputs, if they are in another
     order than transformers'.
     """
 
@@ -34,6 +38,7 @@ class Aligned:
     tower: str
     layer: int | None
     arranged: Equation | None
+    before: tuple[str, ...] = ()
 
     @property
     def is_expert(self) -> bool:
@@ -52,7 +57,7 @@ class Aligned:
         return arranged.T
 
 
-def align(restoring: Restoring) -> tuple[Aligned, ...]:
+def align(restoring: "Restoring") -> tuple[Aligned, ...]:
     """Every module of our model that has parameters of its own, in the model's order."""
     keys = restoring.plan.target.tensors
     stored = [
@@ -72,7 +77,7 @@ def align(restoring: Restoring) -> tuple[Aligned, ...]:
     return (*aligned, Aligned(output, (theirs,), (OUTPUT[1], EMBEDDING[1]), "text", None, None))  # tied
 
 
-def _place(parameter: LiveParameter, pattern: re.Pattern[str], stack: Sequence[str]) -> dict[str, int]:
+def _place(parameter: "LiveParameter", pattern: re.Pattern[str], stack: Sequence[str]) -> dict[str, int]:
     """Which layer, block, merger and expert a parameter belongs to."""
     shard = parameter.shards[0]
     match = pattern.fullmatch(shard.key)

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from qwen3vl_convert.errors import InputError, UsageError
 from qwen3vl_convert.model import HuggingFaceModel, MegatronModel, open_megatron
-from qwen3vl_convert.models.world import single_process
+from qwen3vl_convert.verify.logits.hollow import apart
 from qwen3vl_convert.verify.logits.place import find_place, refused
 from qwen3vl_convert.verify.logits.programs import EXACT
 from qwen3vl_convert.verify.logits.prompts import NamedPrompt, Prompt, verification_prompts
@@ -34,6 +34,7 @@ Report = Callable[[str, int, int], None]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 _MOST_OF_MEMORY = 0.8
+_THIRD = "The inference model computed in the place of Megatron-Core's."
 ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 """Relative difference that is none, where a program happens to have no error of its own."""
 
@@ -53,12 +54,15 @@ def compare_logits(
     named, notes = verification_prompts(theirs.checkpoint.config, theirs.checkpoint.folder)
     ours = as_stated(ours, theirs)
     stream, reason = (True, ()) if options.stream else _must_stream(theirs, dtype, device)
+    if options.model == "inference":
+        stream, reason = False, (_THIRD,)
     mode = Mode(dtype, device, stream, options.shelf_bytes, narrower(theirs, ours) if weights.tolerated else None)
     results: tuple[PromptResult, ...] = ()
     points: tuple[PointResult, ...] = ()
     try:
-        with single_process(), exact_kernels(), enough_memory(options):
-            outputs, trace = Traffic(theirs, ours, mode).run([on(one.prompt, device) for one in named], report)
+        with _world(options), exact_kernels(), apart(), enough_memory(options):
+            traffic = _traffic(options)(theirs, ours, mode)
+            outputs, trace = traffic.run([on(one.prompt, device) for one in named], report)
             results = tuple(compared(found, one, dtype) for found, one in zip(outputs, named, strict=True))
         points = trace.results()
         place = None if all(one.passed for one in results) else find_place(trace.first_wrong(), weights)
@@ -77,6 +81,24 @@ def compare_logits(
         seconds=time.monotonic() - began,
         peak_bytes=peak_bytes(device),
     )
+
+
+def _world(options: LogitsOptions) -> AbstractContextManager[Any]:
+    """What Megatron-Core's layers need around them."""
+    if options.model == "inference":
+        return nullcontext()
+    from qwen3vl_convert.models.world import single_process
+
+    world: AbstractContextManager[Any] = single_process()
+    return world
+
+
+def _traffic(options: LogitsOptions) -> type[Traffic]:
+    if options.model != "inference":
+        return Traffic
+    from qwen3vl_convert.verify.logits.third import ThirdTraffic
+
+    return ThirdTraffic
 
 
 def as_stated(ours: MegatronModel, theirs: HuggingFaceModel) -> MegatronModel:

@@ -27,13 +27,41 @@ class _RealRanges(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_M_MMAP_THRESHOLD = -3
+_MOST_IN_A_HEAP = 32 << 20
+"""Where glibc leaves the threshold by itself, once a block of that size was freed; it cannot be asked for it."""
+
+
 def give_back_memory() -> None:
     """Return what was freed to the system, where the C library is glibc: each of its heaps, and there is one for every
     thread, would else keep what a layer took.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def apart(least: int = 1 << 20) -> Iterator[None]:
+    """Within it each block of memory of `least` bytes or more is the system's again as soon as it is freed.
+
+    By itself glibc takes blocks of up to 32 MiB, which are most weights, from its heaps. There what is freed in one
+    thread serves no other, and leaves gaps: as much again as all that is in use, and more with every layer.
+    """
+    set_option = _of_glibc("mallopt")
+    if set_option is None:
+        yield
+        return
+    set_option(_M_MMAP_THRESHOLD, least)
+    try:
+        yield
+    finally:
+        set_option(_M_MMAP_THRESHOLD, _MOST_IN_A_HEAP)
+
+
+def _of_glibc(name: str) -> Any:
+    """A function of the C library; None where it has none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from qwen3vl_convert.verify.logits.compare import (
     peak_bytes,
 )
 from qwen3vl_convert.verify.logits.convoy import Convoy, Station
-from qwen3vl_convert.verify.logits.hollow import hollow_out
+from qwen3vl_convert.verify.logits.hollow import apart, hollow_out
 from qwen3vl_convert.verify.logits.layout import check_gpus, check_processes, layout_of
 from qwen3vl_convert.verify.logits.programs import (
     EXACT,
@@ -88,7 +88,7 @@ def compare_logits_in_parallel(
     if device_of(options).type == "cuda":
         check_gpus()
     backend = "gloo" if options.device == "cpu" else None
-    with parallel_world(layout, backend=backend, timeout=PATIENCE) as world, exact_kernels(), torch.no_grad():
+    with parallel_world(layout, backend=backend, timeout=PATIENCE) as world, exact_kernels(), apart(), torch.no_grad():
         task = _Task(theirs, ours, Mode(DTYPES[options.dtype], device_of(options), True, options.shelf_bytes), world)
         with together():
             checkpoint = theirs.checkpoint

@@ -15,6 +15,7 @@ _BETWEEN = {
     "k_layernorm": "how keys are taken from linear_qkv: the order of heads",
     "linear_proj": "attention: rotary positions (rope_theta, mrope_section), the mask, the scale, the order of heads",
     "pre_mlp_layernorm": "the residual sum after attention",
+    "o_proj": "attention: rotary positions (rope_theta, mrope_section), the mask, the scale, the order of heads",
     "linear_fc1": "the norm before it (its eps), or the order in which patches are merged",
     "linear_fc2": "the activation, or the order of gate and up",
     "router": "the norm before it",
@@ -27,8 +28,10 @@ _BETWEEN = {
 _BEFORE = {"vision_model.decoder.layers.0.input_layernorm": ("model.visual.pos_embed.weight",)}
 """HF parameters that have no point of their own, by the module whose input they go into."""
 
+_ATTENTION = ("rope_theta", "mrope_section", "head_dim", "heads", "kv_heads", "vision_heads")
 _SETTINGS = {
-    "linear_proj": ("rope_theta", "mrope_section", "head_dim", "heads", "kv_heads", "vision_heads"),
+    "linear_proj": _ATTENTION,
+    "o_proj": _ATTENTION,
     "mlp": ("top_k", "experts"),
     "input_layernorm": ("deepstack", "rms_eps", "spatial_merge", "position_embeddings", "image_token_id"),
     "norm": ("rms_eps",),
@@ -41,7 +44,8 @@ def find_place(first: tuple[Point, PointResult] | None, weights: WeightsReport) 
     if first is None:
         return Place(None, "Every module agrees and the logits do not: something is done with them after the model.")
     point, result = first
-    behind = _BEFORE.get(result.module, ()) if point.side == "input" else point.aligned.parameters
+    before = (*point.aligned.before, *_BEFORE.get(result.module, ()))
+    behind = before if point.side == "input" else point.aligned.parameters
     wrong = [one for one in weights.differences if one.name in behind]
     last = point.aligned.module.rpartition(".")[2]
     named = _settings_behind(last, point.side, weights.settings)

@@ -29,7 +29,7 @@ EXACT = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
 
 ROUNDED_BYTES = 1 << 30
 """Of a layer's weights that are held in the dtype of a runner, so that they are not rounded again for every prompt."""
-WORDS = tuple(name.removesuffix(".weight") for name in EMBEDDING)
+WORDS = (*(name.removesuffix(".weight") for name in EMBEDDING), "model.embed_tokens")
 """The tables of words, of which a few rows are used: these are rounded, not the table."""
 STACK = ".mlp.experts"
 """How the modules of transformers end that hold all experts of a layer in one parameter."""
@@ -122,10 +122,12 @@ def _whole(weights: Weights, name: str, like: Tensor) -> Tensor:
 
 
 def rounded(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
-    """In these dtypes one after another, to nearest even."""
-    for dtype in dtypes:
-        tensor = tensor.to(dtype)
-    return tensor
+    """In these dtypes one after another, to nearest even. What changes no value would take memory, and is skipped."""
+    *between, last = dtypes
+    for dtype in between:
+        if torch.promote_types(tensor.dtype, dtype) != dtype:
+            tensor = tensor.to(dtype)
+    return tensor.to(last)
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

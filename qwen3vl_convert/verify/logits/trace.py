@@ -7,13 +7,14 @@ is how far the two may be from each other.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qwen3vl_convert.model import OUTPUT
 from qwen3vl_convert.verify.logits.alignment import Aligned
 from qwen3vl_convert.verify.result import PointResult
 
@@ -21,6 +22,8 @@ HF, MEGATRON = "hf", "megatron"
 Runner = tuple[str, bool]
 """(program, whether in the exact dtype)."""
 RUNNERS: tuple[Runner, ...] = ((HF, True), (HF, False), (MEGATRON, True), (MEGATRON, False))
+_LOOKED_UP = ("word_embeddings", "embed_tokens")
+"""Tables of words, whose input are their numbers."""
 _MOST_LOGITS = 4096
 """Of each token, evenly spread over the vocabulary without its padding: all of them are compared elsewhere."""
 
@@ -43,7 +46,7 @@ def points_of(aligned: Sequence[Aligned]) -> tuple[Point, ...]:
     for one in aligned:
         if one.is_expert or one.module.endswith("pos_embed"):  # each program looks it up in calls of its own
             continue
-        if "word_embeddings" not in one.module:
+        if not one.module.endswith(_LOOKED_UP):
             found.append(Point(one, "input"))
         if ".router" not in one.module:  # whose outputs are shares here, logits there
             found.append(Point(one, "output"))
@@ -62,15 +65,21 @@ def _mixture(router: Aligned, aligned: Sequence[Aligned]) -> Aligned:
 class Trace:
     """The comparison at every point. `watch` the models, run every prompt through them, then read `results`.
 
-    `visits`: how often transformers runs its vision tower for each prompt, once for images and once for videos. Ours
-    sees both at once.
+    `visits`: how often programs run their vision tower for each prompt, once for images and once for videos, if they
+    are `revisiting`. Ours on Megatron-Core sees both at once.
     """
 
     def __init__(
-        self, points: Sequence[Point], sizes: Mapping[str, int], visits: Sequence[int], multiple: float, floor: float
+        self,
+        points: Sequence[Point],
+        sizes: Mapping[str, int],
+        visits: Sequence[int],
+        multiple: float,
+        floor: float,
+        revisiting: Collection[str] = (HF,),
     ) -> None:
         self.points, self.sizes = points, sizes
-        self.visits = visits
+        self.visits, self.revisiting = visits, revisiting
         self.multiple, self.floor = multiple, floor
         self.waiting: dict[tuple[Point, int], dict[Runner, Tensor]] = defaultdict(dict)
         self.partial: dict[tuple[Point, int, Runner], dict[str, Tensor]] = defaultdict(dict)
@@ -115,7 +124,7 @@ class Trace:
 
     def _saw(self, point: Point, runner: Runner, prompt: int, tensor: Tensor) -> None:
         flat = _flat(tensor)
-        if point.side == "output" and point.aligned.module.endswith("output_layer"):
+        if point.side == "output" and OUTPUT[1].startswith(point.aligned.hf_modules[-1]):
             vocab = self.sizes["vocab"]
             flat = flat[:, : vocab : -(-vocab // _MOST_LOGITS)]
         flat = flat.clone()  # what comes next may write over it
@@ -124,7 +133,7 @@ class Trace:
         self._take(point, runner, prompt, flat)
 
     def _take(self, point: Point, runner: Runner, prompt: int, tensor: Tensor) -> None:
-        if runner[0] == HF and point.aligned.tower == "vision" and self.visits[prompt] > 1:
+        if runner[0] in self.revisiting and point.aligned.tower == "vision" and self.visits[prompt] > 1:
             seen = self.visited[point, prompt, runner]
             seen.append(tensor)
             if len(seen) < self.visits[prompt]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from qwen3vl_convert.model import EMBEDDING, HuggingFaceModel, MegatronModel
-from qwen3vl_convert.models.restore import plan_restoring
 from qwen3vl_convert.storage import DTYPES
 from qwen3vl_convert.verify.logits.alignment import Aligned, align
 from qwen3vl_convert.verify.logits.convoy import Convoy, Station
@@ -87,22 +86,33 @@ class Outputs(NamedTuple):
 class Traffic:
     """Run once. Models are built at once, and their weights read while it runs."""
 
+    revisiting: frozenset[str] = frozenset({HF})
+    """Programs that run their vision tower once for images and once for videos."""
+
     def __init__(self, theirs: HuggingFaceModel, ours: MegatronModel, mode: Mode) -> None:
         self.theirs, self.ours, self.mode = theirs, ours, mode
         self.models = {runner: self._hollow(*runner) for runner in RUNNERS}
         files = folder_weights(theirs, self.models[HF, False])
-        restoring = plan_restoring(self.models[MEGATRON, False], ours, experts_layout=files.layout)
+        self.weights: dict[str, Weights] = {HF: files}
+        self.aligned, self.sizes = self._open(files.layout)
         for model in self.models.values():
             hollow_out(model, mode.device)
-        self.weights: dict[str, Weights] = {HF: files, MEGATRON: restoring}
-        self.aligned = align(restoring)
-        self.sizes = restoring.opened.model.sizes
         self.here = threading.local()
+
+    def _open(self, experts_layout: str) -> tuple[tuple[Aligned, ...], dict[str, int]]:
+        """(which modules are which, sizes of the model); finds the weights of ours."""
+        from qwen3vl_convert.models.restore import plan_restoring
+
+        restoring = plan_restoring(self.models[MEGATRON, False], self.ours, experts_layout=experts_layout)
+        self.weights[MEGATRON] = restoring
+        return align(restoring), restoring.opened.model.sizes
 
     def _hollow(self, program: str, exact: bool) -> nn.Module:
         dtype = self.mode.dtypes(exact)[-1]
-        if program == HF:
-            return build_theirs(self.theirs.checkpoint.folder, dtype)
+        return build_theirs(self.theirs.checkpoint.folder, dtype) if program == HF else self._build(dtype)
+
+    def _build(self, dtype: torch.dtype) -> nn.Module:
+        """Our model without weights."""
         return build_ours(self.ours.model.dims, self.ours.model.padded_vocab, dtype)
 
     def run(self, prompts: Sequence[Prompt], report: Report | None = None) -> tuple[list[Outputs], Trace]:
@@ -110,7 +120,8 @@ class Traffic:
         if not self.mode.stream:
             self._load()
         visits = [sum(x is not None for x in (one.pixel_values, one.pixel_values_videos)) for one in prompts]
-        trace = Trace(points_of(self.aligned), self.sizes, visits, MULTIPLE, torch.finfo(self.mode.dtype).eps)
+        eps = torch.finfo(self.mode.dtype).eps
+        trace = Trace(points_of(self.aligned), self.sizes, visits, MULTIPLE, eps, self.revisiting)
         for runner, model in self.models.items():
             trace.watch(runner, model, lambda: self.here.prompt)
         works = [partial(self._pass, runner, at, one) for runner in RUNNERS for at, one in enumerate(prompts)]
@@ -123,13 +134,16 @@ class Traffic:
 
     def _load(self) -> None:
         """Put the models of the comparison into memory; the exact ones take their weights from there."""
-        for program in (HF, MEGATRON):
-            fill(self.models[program, False], self.weights[program], self.mode.dtypes(False), self.mode.device)
+        self._fill(HF)
+        self._fill(MEGATRON)
         self.weights = {program: Resident(self.models[program, False]) for program in (HF, MEGATRON)}
+
+    def _fill(self, program: str) -> None:
+        fill(self.models[program, False], self.weights[program], self.mode.dtypes(False), self.mode.device)
 
     def _stations(self) -> list[Station]:
         """Of all four models. What one precision of a program read the other needs next; that one clears the shelf."""
-        places, mode = _places(self.aligned), self.mode
+        places, mode = _places(self.aligned, self.theirs.model.dims.deepstack), self.mode
         shelves = {name: shelf_of(one, mode.shelf_bytes, mode.device) for name, one in self.weights.items()}
         found = []
         for turn, (program, exact) in enumerate(RUNNERS):
@@ -138,7 +152,7 @@ class Traffic:
                 used.append(lend_all(model, shelves[program], mode.dtypes(exact)))
             for name, layer in layers_of(model).items():
                 nbytes = sum(parameter.nbytes for parameter in layer.parameters())
-                found.append(Station((_place(places, name), turn), layer, partial(clear_all, used), nbytes))
+                found.append(Station((*_place(places, name), turn), layer, partial(clear_all, used), nbytes))
         return found
 
     def _pass(self, runner: _Runner, at: int, prompt: Prompt) -> Tensor:
@@ -147,9 +161,13 @@ class Traffic:
         if runner[0] == HF:
             return their_logits(model, prompt)
         try:
-            return our_logits(model, prompt, self.ours.model.dims.vocab)
+            return self._logits(model, prompt)
         except ValueError as error:
             raise Refused(str(error)) from error
+
+    def _logits(self, model: nn.Module, prompt: Prompt) -> Tensor:
+        """Of our model."""
+        return our_logits(model, prompt, self.ours.model.dims.vocab)
 
 
 def clear_all(shelves: Iterable[Shelf]) -> None:
@@ -163,18 +181,26 @@ def _counting(report: Report | None) -> Callable[[int, int], None]:
     return (lambda done, total: None) if report is None else partial(report, "logits")
 
 
-def _places(aligned: Iterable[Aligned]) -> dict[str, int]:
+_BLOCKS, _MERGERS = "model.visual.blocks", "model.visual.deepstack_merger_list"
+_Key = tuple[int, int]
+"""Of a place: (among modules in the order in which ours has and runs them, after that module)."""
+
+
+def _places(aligned: Iterable[Aligned], deepstack: Sequence[int]) -> dict[str, _Key]:
     """Where the modules with parameters stand among all, by their name in either program: words before the vision tower
-    since both look them up first.
+    since both look them up first; a merger of transformers' after the block that it takes from, where it is called, or
+    our blocks would be through before the next of theirs.
     """
-    places: dict[str, int] = {EMBEDDING[side].removesuffix(".weight"): -1 for side in range(2)}
+    places = {EMBEDDING[side].removesuffix(".weight"): (-1, 0) for side in range(2)}
     for place, one in enumerate(aligned):
         for name in (one.module, *one.hf_modules):
-            places.setdefault(name, place)
-    return places
+            places.setdefault(name, (place, 0))
+    merged = {f"{_MERGERS}.{level}": _place(places, f"{_BLOCKS}.{block}")[0] for level, block in enumerate(deepstack)}
+    after = {name: (merged[owner], 1) for name in places for owner in merged if name.startswith(f"{owner}.")}
+    return places | after
 
 
-def _place(places: Mapping[str, int], layer: str) -> int:
+def _place(places: Mapping[str, _Key], layer: str) -> _Key:
     """Where a layer stands: at the first of its modules; after all, an output layer that is tied."""
     inside = [place for name, place in places.items() if name == layer or name.startswith(f"{layer}.")]
-    return min(inside, default=len(places))
+    return min(inside, default=(len(places), 0))
