@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qwen3vl_convert.cli import console, convert, diff, look, verify
+from qwen3vl_convert.cli import chat, console, convert, diff, generate, look, verify
 
 app = typer.Typer(
     name="qwen3vl-convert",
@@ -36,6 +36,8 @@ app.command("diff")(console.guarded(diff.diff))
 app.command("roundtrip")(console.guarded(verify.roundtrip))
 app.command("inspect")(console.guarded(look.inspect))
 app.command("explain")(console.guarded(look.explain))
+app.command("generate")(console.guarded(generate.generate))
+app.command("chat")(console.guarded(chat.chat))
 app.command("make-checkpoint")(console.guarded(look.make_checkpoint))
 
 
