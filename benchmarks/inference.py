@@ -225,6 +225,7 @@ def main() -> None:
     if options.sizes:
         sizes = {one.partition(":")[0]: int(one.partition(":")[2] or 0) or None for one in options.sizes}
     warnings.simplefilter("ignore")
+    warnings.simplefilter("error", RuntimeWarning)  # graphs that could not be captured are another measurement
     print(HEADER, flush=True)
     for size, layers in sizes.items():
         for batch in options.batches or batches:

@@ -60,7 +60,7 @@ def taught(folder: Path) -> Path:
     """A checkpoint that has learned the lessons; transformers' own model does the learning."""
     import transformers
 
-    from inference.files import TINY, write_files
+    from inference_model.files import TINY, write_files
     from qwen3vl_convert import make_checkpoint
     from qwen3vl_convert.inference.processing import open_processing
 

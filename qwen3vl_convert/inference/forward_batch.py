@@ -99,15 +99,13 @@ class ForwardBatch:
         return [0, *accumulate(self.extend_seq_lens)][:-1]
 
     @classmethod
-    def whole(cls, sequences: list[Tensor], **fields: object) -> "ForwardBatch":
+    def whole(cls, sequences: list[Tensor], **fields: Any) -> "ForwardBatch":
         """Whole sequences [length] each, without a cache. `fields`: any other of a batch (pixels, grids)."""
         lengths = [len(one) for one in sequences]
-        batch = cls(
+        return cls(
             forward_mode=ForwardMode.EXTEND,
             input_ids=torch.cat(sequences),
             seq_lens=lengths,
             extend_seq_lens=list(lengths),
+            **fields,
         )
-        for name, value in fields.items():
-            setattr(batch, name, value)
-        return batch

@@ -125,6 +125,8 @@ def _device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise UsageError(f"device {device!r}: expected cpu, cuda or cuda:1, say.") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count() > 0:
+        raise UsageError(f"device {device}: torch finds {torch.cuda.device_count()} GPUs here, counted from 0.")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {device}: torch finds no GPU here. Use device cpu, or a torch that was built for it.")
     return found

@@ -14,6 +14,7 @@ from torch.nn import functional
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.inference.forward_batch import ForwardBatch, ForwardMode
 from qwen3vl_convert.inference.layers import Slots, module_slots
+from qwen3vl_convert.inference.moe import Experts
 from qwen3vl_convert.inference.positions import get_rope_index, packed_rope_index
 from qwen3vl_convert.inference.quantization import QuantizationConfig
 from qwen3vl_convert.inference.strict import load_into
@@ -49,6 +50,12 @@ class Qwen3VLForConditionalGeneration(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.norm.weight.device
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a step of decoding: not where the host has to know which experts are chosen."""
+        experts = [module for module in self.modules() if isinstance(module, Experts)]
+        return all(one.on_device(self.device, self.dtype) for one in experts)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding of tokens, which a tied model has for an output layer too."""

@@ -13,6 +13,9 @@ from torch.nn import functional
 from qwen3vl_convert.inference.layers import Linear, Slot, Slots, method_for
 from qwen3vl_convert.inference.quantization import QuantizationConfig, UnquantizedLinearMethod
 
+_GROUPING = (9, 10)
+"""Compute capabilities of GPUs on which torch multiplies groups by itself; elsewhere it asks the host, too."""
+
 
 class SparseMLP(nn.Module):
     """softmax over all experts, the `top_k` largest, which are made to sum to one: what the model was trained with."""
@@ -57,34 +60,38 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [T, h] with `chosen` experts [T, k] and their `weights` [T, k]."""
-        top_k = chosen.shape[1]
         expert_of_row, order = chosen.flatten().sort(stable=True)
-        token_of_row = order // top_k
-        rows = x[token_of_row]
-        counts = torch.bincount(expert_of_row, minlength=self.count)
-        found = (self._grouped if self._on_gpu(x) else self._one_by_one)(rows, counts)
-        found = found * weights.flatten()[order, None]
-        return torch.zeros_like(x).index_add_(0, token_of_row, found)
+        experts = torch.arange(self.count, device=x.device)
+        ends = torch.searchsorted(expert_of_row, experts, right=True, out_int32=True)
+        found = (self._grouped if self.on_device(x.device, x.dtype) else self._one_by_one)(
+            x[order // chosen.shape[1]], ends
+        )
+        # Back in the order of tokens, to add in the same order every time.
+        apart = torch.empty_like(found).index_copy_(0, order, found).view(*chosen.shape, -1)
+        return (apart * weights[..., None]).sum(1)
 
-    def _on_gpu(self, x: Tensor) -> bool:
-        """Whether one kernel can multiply all experts, and the host need not know how many tokens each has."""
+    def on_device(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether one kernel multiplies all experts, and the host need not know how many tokens each has."""
         plain = isinstance(self.method, UnquantizedLinearMethod)
-        return x.is_cuda and x.dtype == torch.bfloat16 and plain and grouped_product() is not None
+        if device.type != "cuda" or dtype != torch.bfloat16 or not plain or grouped_product() is None:
+            return False
+        return torch.cuda.get_device_capability(device)[0] in _GROUPING
 
-    def _one_by_one(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows [T * k, h] sorted by expert. Weights of experts that nobody chose are not touched."""
+    def _one_by_one(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """rows [T * k, h] sorted by expert; `ends` [E]: where those of each end. Weights of experts that have none are
+        not touched.
+        """
         apply, out, first = self.method.apply, torch.empty_like(rows), 0
-        for expert, count in enumerate(counts.tolist()):
-            part = slice(first, first + count)
-            if count:
-                gate, up = apply(self, "gate_up_proj", rows[part], index=expert).chunk(2, dim=-1)
-                out[part] = apply(self, "down_proj", functional.silu(gate) * up, index=expert)
-            first += count
+        for expert, end in enumerate(ends.tolist()):
+            if end > first:
+                gate, up = apply(self, "gate_up_proj", rows[first:end], index=expert).chunk(2, dim=-1)
+                out[first:end] = apply(self, "down_proj", functional.silu(gate) * up, index=expert)
+            first = end
         return out
 
-    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
+    def _grouped(self, rows: Tensor, ends: Tensor) -> Tensor:
         """The same without the host."""
-        multiply, ends = grouped_product(), counts.cumsum(0).to(torch.int32)
+        multiply = grouped_product()
         gate_up, down = (self.get_parameter(name).transpose(1, 2) for name in ("gate_up_proj", "down_proj"))
         gate, up = multiply(rows, gate_up, offs=ends).chunk(2, dim=-1)
         found: Tensor = multiply(functional.silu(gate) * up, down, offs=ends)

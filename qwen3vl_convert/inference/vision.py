@@ -211,7 +211,10 @@ class Qwen3VLVisionModel(nn.Module):
         """(the four rows of the table around each patch [S, 4], their shares [S, 4]) of one image."""
         side = self.num_grid_per_side
         at_S2 = _coordinates(grid, self.spatial_merge_size)
-        steps = [torch.linspace(0, side - 1, size)[at] for size, at in zip(grid[1:], at_S2.unbind(1), strict=True)]
+        steps = [
+            torch.linspace(0, side - 1, size, dtype=torch.float32)[at]
+            for size, at in zip(grid[1:], at_S2.unbind(1), strict=True)
+        ]
         low = [step.long() for step in steps]
         high = [(one + 1).clamp(max=side - 1) for one in low]
         share = [step - one for step, one in zip(steps, low, strict=True)]

@@ -86,17 +86,21 @@ def paged(batch: ForwardBatch, layer: "RadixAttention") -> tuple[Tensor, Tensor]
 
 
 def _decoding(batch: ForwardBatch, decodes: int) -> tuple[Tensor, Tensor]:
-    """(pages, seen) of the sequences that decode."""
+    """(pages, seen) of the sequences that decode. Columns beyond a sequence's end are page 0: they are no one's."""
     table = batch.req_to_token_pool
-    assert table is not None
-    assert batch.req_pool_indices is not None
+    if table is None or batch.token_to_kv_pool is None or batch.req_pool_indices is None:
+        raise ValueError(
+            "Sequences decode, and the batch has no token_to_kv_pool, req_to_token_pool or req_pool_indices. "
+            "Pass them, or whole sequences to extend."
+        )
     lens = batch.kv_lens
     if lens is None:
         lens = torch.tensor(batch.seq_lens[:decodes], device=batch.input_ids.device)
     most = batch.max_pages or -(-max(batch.seq_lens[:decodes]) // table.page_size)
     pages = table.page_table[batch.req_pool_indices[:decodes], :most]
+    own = torch.arange(most, device=lens.device) * table.page_size < lens[:, None]
     seen = torch.arange(most * table.page_size, device=lens.device) < lens[:, None]
-    return pages, seen[:, None, None]
+    return torch.where(own, pages, 0), seen[:, None, None]
 
 
 def _spans(batch: ForwardBatch, decodes: int) -> tuple[Span, ...]:

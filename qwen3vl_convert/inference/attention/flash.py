@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qwen3vl_convert.inference.attention.backend import AttentionBackend, Metadata, Span
 from qwen3vl_convert.inference.attention.sdpa import SDPABackend, cached
-from qwen3vl_convert.inference.attention.segments import HALF, Kernel, Lengths, varlen_kernel
+from qwen3vl_convert.inference.attention.segments import Kernel, Lengths, kernel_for
 from qwen3vl_convert.inference.forward_batch import ForwardBatch
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _lengths(lengths: list[int]) -> Lengths:
 
 
 @cache
-def backend_for(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+def backend_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
     """The fastest that there is for a model."""
-    kernel = varlen_kernel() if device.type == "cuda" and dtype in HALF else None
+    kernel = kernel_for(device, dtype, head_dim)
     return SDPABackend() if kernel is None else FlashBackend(kernel)

@@ -24,5 +24,5 @@ class RadixAttention(nn.Module):
         """
         q = q.reshape(-1, self.num_heads, self.head_dim)
         k, v = (one.reshape(-1, self.num_kv_heads, self.head_dim) for one in (k, v))
-        backend = forward_batch.attn_backend or backend_for(q.device, q.dtype)
+        backend = forward_batch.attn_backend or backend_for(q.device, q.dtype, self.head_dim)
         return backend.forward(q, k, v, self, forward_batch, save_kv_cache).flatten(1)

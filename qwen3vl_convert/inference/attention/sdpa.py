@@ -3,6 +3,7 @@
 Axes: as in `backend`; G heads that share one head of keys and values.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,9 @@ from qwen3vl_convert.inference.forward_batch import ForwardBatch
 if TYPE_CHECKING:
     from qwen3vl_convert.inference.attention.radix_attention import RadixAttention
 
+_GATHERED = 1 << 28
+"""Bytes of keys that are put together at once for decoding, and as many of values."""
+
 
 class SDPABackend(AttentionBackend):
     """Decoding is one call for the whole batch, padded to its longest sequence; prompts are one call each."""
@@ -22,10 +26,16 @@ class SDPABackend(AttentionBackend):
     def forward_decode(self, q: Tensor, layer: "RadixAttention", batch: ForwardBatch) -> Tensor:
         """The G heads of a group stand as so many queries: keys need not be repeated."""
         metadata: Metadata = batch.attention_metadata
-        k, v = (one[metadata.pages].flatten(1, 2).transpose(1, 2) for one in paged(batch, layer))
-        grouped = q.view(len(q), layer.num_kv_heads, -1, layer.head_dim)
-        found = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=metadata.seen, scale=layer.scaling)
-        return found.flatten(1, 2)
+        assert metadata.pages is not None
+        assert metadata.seen is not None
+        stored, grouped = paged(batch, layer), q.view(len(q), layer.num_kv_heads, -1, layer.head_dim)
+        found = []
+        for rows in _few(len(q), metadata.pages.shape[1] * stored[0][0].nbytes):
+            k, v = (one[metadata.pages[rows]].flatten(1, 2).transpose(1, 2) for one in stored)
+            seen = metadata.seen[rows]
+            one = functional.scaled_dot_product_attention(grouped[rows], k, v, attn_mask=seen, scale=layer.scaling)
+            found.append(one.flatten(1, 2))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def forward_extend(self, q: Tensor, k: Tensor, v: Tensor, layer: "RadixAttention", batch: ForwardBatch) -> Tensor:
         metadata: Metadata = batch.attention_metadata
@@ -47,10 +57,21 @@ class SDPABackend(AttentionBackend):
             at = torch.arange(span.cached, len(k), device=q.device)
             mask = torch.arange(len(k), device=q.device) <= at[:, None]
         q, k, v = (one.transpose(0, 1)[None] for one in (q, k, v))
+        groups = q.shape[1] // k.shape[1]
+        if q.is_cuda and mask is not None and groups > 1:  # no kernel there but the plain one has a mask and groups
+            k, v = (one.repeat_interleave(groups, dim=1) for one in (k, v))
+            groups = 1
         found = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=layer.scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=layer.scaling, enable_gqa=groups > 1
         )
         return found[0].transpose(0, 1)
+
+
+def _few(rows: int, nbytes: int) -> Iterator[slice]:
+    """Rows of so many bytes each, as many together as `_GATHERED` holds."""
+    count = max(1, _GATHERED // nbytes)
+    for first in range(0, rows, count):
+        yield slice(first, first + count)
 
 
 def cached(span: Span, layer: "RadixAttention", batch: ForwardBatch) -> tuple[Tensor, Tensor]:

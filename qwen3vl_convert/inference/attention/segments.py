@@ -24,7 +24,7 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor
     On a GPU in half precision one kernel does all; elsewhere sequences of one length are one batch.
     """
     bounds = cu_seqlens.tolist()
-    kernel = varlen_kernel() if q.is_cuda and q.dtype in HALF else None
+    kernel = kernel_for(q.device, q.dtype, q.shape[-1])
     if kernel is not None:
         longest = max((stop - first for first, stop in pairwise(bounds)), default=0)
         return kernel(q, k, v, (cu_seqlens, longest), (cu_seqlens, longest), q.shape[-1] ** -0.5, False)
@@ -62,20 +62,33 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Lengths, Lengths, float, bool], Tenso
 
 
 @cache
-def varlen_kernel() -> Kernel | None:
-    """The flash-attention package's kernel, or torch's own of the same, or None."""
+def kernel_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel | None:
+    """The flash-attention package's kernel, or torch's own of the same; None where neither runs."""
+    if device.type != "cuda" or dtype not in HALF or head_dim % 8 or head_dim > _WIDEST:
+        return None
+    if torch.cuda.get_device_capability(device) < _AMPERE:
+        return None
     return _flash_attn() or _torch_varlen()
+
+
+_AMPERE, _WIDEST = (8, 0), 256
+"""What flash attention asks of a GPU, and of a head."""
+_ALIGNED = "2.1"
+"""The release of flash-attn from which on a causal mask aligns the last tokens."""
 
 
 def _flash_attn() -> Kernel | None:
     try:
         flash: Any = import_module("flash_attn")
-    except ImportError:
+        flash_attn_varlen_func = flash.flash_attn_varlen_func
+    except (ImportError, AttributeError):  # a later generation has the name of the package, and other functions
+        return None
+    if [int(part) for part in flash.__version__.split(".")[:2]] < [int(part) for part in _ALIGNED.split(".")]:
         return None
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, of_q: Lengths, of_k: Lengths, scale: float, causal: bool) -> Tensor:
         cu_q, cu_k = (cu.to(q.device, torch.int32, non_blocking=True) for cu, _ in (of_q, of_k))
-        found: Tensor = flash.flash_attn_varlen_func(
+        found: Tensor = flash_attn_varlen_func(
             q, k, v, cu_q, cu_k, of_q[1], of_k[1], softmax_scale=scale, causal=causal
         )
         return found

@@ -24,7 +24,7 @@ class DecodeGraphs:
     def __init__(self, model: nn.Module, pools: Pools, max_batch: int, capture: "Capture | None" = None) -> None:
         self._model, self._pools = model, pools
         self._device = pools.rows.page_table.device
-        self._capture = capture or (CudaCapture() if self._device.type == "cuda" else direct)
+        self._capture = capture or (CudaCapture(self._device) if self._device.type == "cuda" else direct)
         self._batches = batch_sizes(max_batch)
         self._tables: dict[int, Tensor] = {}
         self._graphs: dict[tuple[int, int], Forward] = {}
@@ -74,12 +74,27 @@ def direct(forward: Forward) -> Forward:
 
 
 class CudaCapture:
-    """Captures on the current GPU. All graphs share one pool of memory, since only one runs at a time."""
+    """Captures on one GPU. All graphs share one pool of memory, since only one runs at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool: Any = None
 
     def __call__(self, forward: Forward) -> Forward:
+        with torch.cuda.device(self._device):
+            before = torch.cuda.current_stream()
+            try:
+                graph, logits = self._captured(forward)
+            finally:
+                torch.cuda.set_stream(before)  # which a capture that fails does not do itself
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+    def _captured(self, forward: Forward) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -87,15 +102,10 @@ class CudaCapture:
                 forward()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side):
             logits = forward()
         self._pool = self._pool or graph.pool()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return logits
-
-        return replay
+        return graph, logits
 
 
 def batch_sizes(most: int) -> list[int]:

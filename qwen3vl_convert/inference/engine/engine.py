@@ -57,7 +57,8 @@ class Engine:
         self._scheduler = Scheduler(self.allocator, self.radix_cache, self.req_to_token_pool, limits)
         self._eos = (*_as_tuple(model.config.eos_token_id), *self.options.eos_token_ids)
         self._live: dict[int, Live] = {}
-        self._events: list[TokenEvent] = []
+        self._events: list[tuple[TokenEvent, bool]] = []
+        """What has happened, and whether a stream or `generate` has heard of it."""
         self._next_id = 0
         self._stepping = False
         self._doomed: set[int] = set()
@@ -90,7 +91,7 @@ class Engine:
                 mailbox = Mailbox()
                 mailboxes[self._submit(request, mailbox)] = mailbox
             while any(one.completion is None for one in mailboxes.values()):
-                self.step()
+                self.advance()
         finally:
             for request_id in mailboxes:
                 self.abort(request_id)
@@ -139,12 +140,23 @@ class Engine:
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Run one forward; gives what has happened since the last step, of all requests.
+        """Run one forward; gives what has happened since the last step, of all requests. What `generate` and streams
+        computed for themselves meanwhile is not told again.
 
         If it fails, the requests that were in it are aborted, which the next step reports, and the others go on.
         """
+        self._forward()
+        events, self._events = self._events, []
+        return [event for event, _ in events]
+
+    def advance(self) -> None:
+        """A step of which only streams and `generate` hear; what nobody of them listens to is kept for `step`."""
+        self._forward()
+        self._events = [(event, heard) for event, heard in self._events if not heard]
+
+    @torch.inference_mode()
+    def _forward(self) -> None:
         self._bury()
         plan = self._scheduler.schedule()
         if plan.chunks:
@@ -157,12 +169,10 @@ class Engine:
             finally:
                 self._stepping = False
                 self._bury()
-        events, self._events = self._events, []
-        return events
 
     def _run(self, plan: Plan) -> None:
         lives = [self._live[sequence.id] for sequence in plan.sequences]
-        sampled = self._runner.run(plan, self._scheduler.written_pages(), lives)
+        sampled = self._runner.run(plan, self._scheduler.written_pages(), self._scheduler.fresh_pages(), lives)
         receivers = [live for live, chunk in zip(lives, plan.chunks, strict=True) if chunk.last]
         self._scheduler.computed(plan)
         for live in lives:
@@ -181,7 +191,7 @@ class Engine:
             self.abort(self._doomed.pop())
 
     def _emit(self, live: Live, event: TokenEvent) -> None:
-        self._events.append(event)
+        self._events.append((event, live.mailbox is not None))
         if live.mailbox is not None:
             live.mailbox.events.append(event)
 

@@ -3,6 +3,8 @@
 A page is `page_size` tokens, of all layers. Page 0 is never given out: what pads a batch reads and writes there.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,14 @@ class KVPool:
         """Keys and values of a layer, each [num_pages * page_size, kv_heads, head_dim]; views, not copies."""
         keys, values = self._layers[layer_id]
         return keys, values
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Put zeros into pages that are given out. What is beyond a sequence's end is masked, but NaN times 0 is NaN:
+        what a request left that overflowed would be in the next one's answer.
+        """
+        if pages:
+            index = torch.tensor(pages, device=self._buffer.device)
+            self._buffer.view(self.layers, 2, self.num_pages, -1).index_fill_(2, index, 0)
 
     def set_kv_buffer(self, layer_id: int, loc: Tensor, k: Tensor, v: Tensor) -> None:
         """Put keys and values [T, kv_heads, head_dim] into the slots `loc` [T]."""

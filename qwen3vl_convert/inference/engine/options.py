@@ -1,6 +1,7 @@
 """How an engine is set up, and how much memory it takes where nobody said."""
 
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,8 @@ class EngineOptions:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UsageError(f"{name}: expected a whole number, at least 1, found {value!r}.")
+        if isinstance(self.eos_token_ids, int):
+            object.__setattr__(self, "eos_token_ids", (self.eos_token_ids,))
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
 
 
@@ -58,9 +61,18 @@ def _host_memory() -> int:
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        return min(int(lines["MemAvailable"].split()[0]) * 1024, _container_memory())
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _container_memory() -> int:
+    """Bytes that the control group of this process may use, beyond any where there is no such limit."""
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return sys.maxsize
 
 
 def feature_bytes(memory: int) -> int:

@@ -1,7 +1,7 @@
 """What is asked of the engine, and what it answers."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal
@@ -31,7 +31,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Taken off as often as it was generated."""
     seed: int | None = None
-    """The same seed, the same tokens, whatever else runs beside. None: another each time."""
+    """The same seed draws the same numbers, whatever else runs beside. None: others each time."""
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     """The text ends before the first of these. Needs a tokenizer."""
@@ -41,8 +41,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         stop: Any = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else _several("stop", stop))
+        object.__setattr__(self, "stop_token_ids", _several("stop_token_ids", self.stop_token_ids))
         self._check_numbers()
         for name in ("max_new_tokens", "top_k", "seed", "stop_token_ids"):
             values = getattr(self, name)
@@ -59,7 +59,6 @@ class SamplingParams:
             good = _is(value, int | float) and math.isfinite(value)
             _require(good and low <= value <= high, name, expected, value)
         _require(self.top_p > 0, "top_p", "above 0 and at most 1", self.top_p)
-        _require(self.repetition_penalty > 0, "repetition_penalty", "above 0", self.repetition_penalty)
 
 
 _ANY = 1e6
@@ -67,7 +66,7 @@ _RANGES = {
     "temperature": ("0, for greedy, or more", 0.0, _ANY),
     "top_p": ("above 0 and at most 1", 0.0, 1.0),
     "min_p": ("from 0 to 1", 0.0, 1.0),
-    "repetition_penalty": ("above 0", 0.0, _ANY),
+    "repetition_penalty": ("from 0.01 to 100", 0.01, 100.0),
     "presence_penalty": ("a number", -_ANY, _ANY),
     "frequency_penalty": ("a number", -_ANY, _ANY),
 }
@@ -106,7 +105,9 @@ class Request:
 
     def __post_init__(self) -> None:
         given: Any = self.token_ids  # an array or a tensor is as good
-        ids = tuple(given.tolist() if hasattr(given, "tolist") else given)
+        if isinstance(given, Tensor):
+            _require(given.ndim == 1, "token_ids", "one row of numbers", _shape(given))
+        ids = _several("token_ids", given.tolist() if hasattr(given, "tolist") else given)
         object.__setattr__(self, "token_ids", ids)
         _require(len(ids) > 0, "token_ids", "at least one token", "none")
         for at, token in enumerate(ids):
@@ -168,6 +169,12 @@ def _check_pixels(pixels_name: str, pixels: Tensor | None, grid_name: str, grid:
     _require(good, pixels_name, "floating point [patches, values of a patch]", _shape(pixels))
     patches = int(grid.prod(-1).sum())
     _require(len(pixels) == patches, pixels_name, f"{patches} patches, as {grid_name} says", len(pixels))
+    _require(bool(pixels.isfinite().all()), pixels_name, "numbers", "infinities or NaN")
+
+
+def _several(name: str, values: Any) -> tuple[Any, ...]:
+    _require(isinstance(values, Iterable) and not isinstance(values, str), name, "several values", values)
+    return tuple(values)
 
 
 def _shape(value: object) -> str:

@@ -32,14 +32,19 @@ class Runner:
         self.pools = _pools(model, options, context, memory, backend or _default_backend(model))
         self.features = FeatureCache(model.visual, model.device, feature_bytes(memory))
         self._counts = PenaltyCounts(options.max_running + 1, self.dims.vocab, model.device)
-        wanted = model.device.type == "cuda" if options.cuda_graphs is None else options.cuda_graphs
+        able = model.device.type == "cuda" and model.capturable
+        wanted = able if options.cuda_graphs is None else options.cuda_graphs
         self.graphs = DecodeGraphs(model, self.pools, options.max_running) if wanted else None
 
-    def run(self, plan: Plan, pages: dict[tuple[int, int], int], lives: Sequence[Live]) -> Sampled:
-        """Compute a plan. `pages`: what is new in the table of pages; `lives`: the requests of its chunks.
+    def run(
+        self, plan: Plan, pages: dict[tuple[int, int], int], fresh: Sequence[int], lives: Sequence[Live]
+    ) -> Sampled:
+        """Compute a plan. `pages`: what is new in the table of pages; `fresh`: pages that have just been given out;
+        `lives`: the requests of its chunks.
 
         Raises InputError if the logits are no numbers.
         """
+        self.pools.kv.clear(fresh)
         self.pools.rows.write(pages)
         self._start_counts(plan, lives)
         logits = self._logits(plan, lives)
@@ -89,7 +94,8 @@ class Runner:
         except RuntimeError as error:
             if self._options.cuda_graphs:
                 raise
-            warnings.warn(f"CUDA graphs are off, decoding goes on without them: {error}", RuntimeWarning, stacklevel=2)
+            reason = error.__context__ or error  # what the end of a failed capture says is not what failed it
+            warnings.warn(f"CUDA graphs are off, decoding goes on without them: {reason}", RuntimeWarning, stacklevel=2)
             self.graphs = None
             return None
 
@@ -130,4 +136,4 @@ def _pools(model: Any, options: EngineOptions, context: int, memory: int, backen
 def _default_backend(model: Any) -> "AttentionBackend":
     from qwen3vl_convert.inference.attention.flash import backend_for
 
-    return backend_for(model.device, model.dtype)
+    return backend_for(model.device, model.dtype, model.config.head_dim)

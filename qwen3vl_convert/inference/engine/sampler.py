@@ -116,7 +116,9 @@ def penalised(logits_BV: Tensor, draws: Sequence[Draw], counts: PenaltyCounts) -
     params, device = [draws[at].params for at in which], logits_BV.device
     index = torch.tensor([which, [draws[at].row for at in which]], device=device)
     repetition, presence, frequency = torch.tensor(
-        [[one.repetition_penalty, one.presence_penalty, one.frequency_penalty] for one in params], device=device
+        [[one.repetition_penalty, one.presence_penalty, one.frequency_penalty] for one in params],
+        dtype=torch.float32,
+        device=device,
     ).T[:, :, None]
     in_prompt_BV, output_BV = counts.of(index[1])
     some_BV = logits_BV[index[0]]
@@ -140,7 +142,9 @@ def _drawn(score_BV: Tensor, greedy_B: Tensor, draws: Sequence[Draw]) -> Tensor:
     )
     cdf_BV = probs_BV.cumsum(-1, dtype=torch.float64)
     # `right`: the first token whose sum is beyond the number, never one of no probability.
-    found_B = torch.searchsorted(cdf_BV, number_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
+    found_B = torch.searchsorted(cdf_BV, number_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0].clamp(
+        max=probs_BV.shape[-1] - 1
+    )
     return greedy_B.index_copy(0, rows_B, found_B)
 
 

@@ -111,6 +111,7 @@ class Scheduler:
         self.running: list[SequenceState] = []
         """The oldest first."""
         self._written: dict[tuple[int, int], int] = {}
+        self._fresh: list[int] = []
 
     @property
     def busy(self) -> bool:
@@ -170,6 +171,11 @@ class Scheduler:
         written, self._written = self._written, {}
         return written
 
+    def fresh_pages(self) -> list[int]:
+        """The pages that were given out since the last call, with what others left in them."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
     # ---- who gets a turn ---------------------------------------------------------------------------------------------
 
     def _with_room_for_a_token(self) -> list[SequenceState]:
@@ -224,7 +230,9 @@ class Scheduler:
             return None
         if lacking > 0:
             self._cache.evict(lacking)
-        return self._allocator.alloc(count)
+        pages = self._allocator.alloc(count)
+        self._fresh += pages or ()
+        return pages
 
     def _grow(self, sequence: SequenceState, tokens: int) -> bool:
         """Pages for so many tokens."""

@@ -1,7 +1,7 @@
 """The tokens of one request, one at a time."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
@@ -21,8 +21,7 @@ class Steps(Protocol):
     """All that a stream needs of an engine."""
 
     def abort(self, request_id: int) -> None: ...
-    @property
-    def step(self) -> Callable[[], list[TokenEvent]]: ...
+    def advance(self) -> None: ...
 
 
 class TokenStream(Iterator[TokenEvent]):
@@ -40,7 +39,7 @@ class TokenStream(Iterator[TokenEvent]):
         while not self._mailbox.events:
             if self._mailbox.completion is not None:
                 raise StopIteration
-            self._engine.step()
+            self._engine.advance()
         return self._mailbox.events.popleft()
 
     def close(self) -> None:

@@ -228,7 +228,7 @@ def test_memory_for_penalties_is_taken_when_somebody_penalises() -> None:
         ({"top_k": 1.5}, "top_k: expected whole numbers, found 1.5"),
         ({"min_p": 2}, "min_p: expected from 0 to 1, found 2"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, found 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty: expected above 0, found 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: expected from 0.01 to 100, found 0.0"),
         ({"presence_penalty": math.inf}, "presence_penalty"),
         ({"seed": "x"}, "seed"),
         ({"stop": ("",)}, "stop: expected strings that are not empty, found ''"),

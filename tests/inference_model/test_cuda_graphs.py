@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.fake_model import DIMS, VOCAB, FakeModel
+from inference_model.fake_model import DIMS, VOCAB, FakeModel
 from models.planted import lively_checkpoint
 from qwen3vl_convert.inference.attention.sdpa import SDPABackend
 from qwen3vl_convert.inference.engine.batching import LINES, Pools

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from inference.fake_model import Bytes
+from inference_model.fake_model import Bytes
 from qwen3vl_convert.inference.engine.detokenizer import HALF, Detokenizer, Tokenizer
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from inference.worlds import KINDS, NEAR, ROWS, World, make_world, visual
+from inference_model.worlds import KINDS, NEAR, ROWS, World, make_world, visual
 from qwen3vl_convert.errors import UnsupportedFormat
 from qwen3vl_convert.huggingface.config import rebuild_config
 from qwen3vl_convert.inference import (
@@ -227,6 +227,21 @@ def test_pixels_that_do_not_match_the_tokens(dense: World, name: str) -> None:
         dense.ours(ids, torch.arange(len(ids)), ForwardBatch.whole([ids], mrope_positions=positions))
 
 
+def test_a_batch_that_decodes_without_a_pool(dense: World) -> None:
+    ids = torch.tensor([5])
+    batch = ForwardBatch(
+        forward_mode=ForwardMode.DECODE,
+        input_ids=ids,
+        seq_lens=[3],
+        extend_seq_lens=[1],
+        mrope_positions=ids.expand(3, 1),
+    )
+    with pytest.raises(ValueError, match="no token_to_kv_pool"):
+        dense.ours(ids, torch.tensor([2]), batch)
+    with pytest.raises(TypeError, match="pixel_value"):
+        ForwardBatch.whole([ids], pixel_value=1)
+
+
 def all_zero(world: World, rows: int) -> Tensor:
     return torch.zeros(rows, world.dims.hidden * (1 + len(world.dims.deepstack)))
 
@@ -408,6 +423,6 @@ def test_grouped_experts_are_the_experts_one_by_one() -> None:
     for parameter in experts.parameters():
         parameter.normal_(generator=generator)
     rows = torch.randn(10, 32, generator=generator)
-    counts = torch.tensor([0, 3, 0, 5, 2, 0])
-    one_by_one, grouped = experts._one_by_one(rows, counts), experts._grouped(rows, counts)
+    ends = torch.tensor([0, 3, 0, 5, 2, 0]).cumsum(0).int()
+    one_by_one, grouped = experts._one_by_one(rows, ends), experts._grouped(rows, ends)
     assert torch.allclose(one_by_one, grouped, rtol=1e-4, atol=1e-3)

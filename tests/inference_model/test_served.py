@@ -12,9 +12,11 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from inference.worlds import KINDS, NEAR, ROWS, World, make_world, visual
+from inference_model.worlds import KINDS, NEAR, ROWS, World, make_world, visual
 from qwen3vl_convert import ParallelLayout, hf_to_megatron
+from qwen3vl_convert.errors import InputError
 from qwen3vl_convert.inference import Engine, EngineOptions, Request, SamplingParams, VisualInputs, load_model
+from qwen3vl_convert.inference.attention import sdpa
 from qwen3vl_convert.verify.logits.pieces import Image, Piece, Text, Video
 from qwen3vl_convert.verify.logits.prompts import Prompt
 
@@ -115,6 +117,29 @@ def test_another_image_of_the_same_size_shares_nothing(world: World) -> None:
     check_logits(world, engine, one)
     _, second = check_logits(world, engine, other)
     assert second.cached_tokens == 4  # the text, and the start of vision
+
+
+def test_what_overflowed_is_in_no_other_answer(dense: World) -> None:
+    """Keys and values that are masked are still multiplied, by 0: of NaN that is NaN."""
+    clean = request_of(dense.prompt(ROWS["text"]))
+    alone = engine_of(dense).generate([clean])[0].token_ids
+    engine, weight = engine_of(dense, kv_tokens=64, page_size=16), dense.ours.model.layers[0].mlp.down_proj.weight
+    kept = weight.clone()
+    weight.fill_(torch.inf)
+    try:
+        with pytest.raises(InputError, match="infinities or NaN"):
+            engine.generate([request_of(dense.prompt([Text(40)]))])
+    finally:
+        weight.copy_(kept)
+    assert [engine.generate([clean])[0].token_ids for _ in range(3)] == [alone] * 3
+
+
+def test_decoding_a_few_sequences_at_a_time(dense: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as may be put together at once: here one, or two of the short ones."""
+    monkeypatch.setattr(sdpa, "_GATHERED", 3000)
+    requests = [request_of(dense.prompt(ROWS[name])) for name in ROWS]
+    alone = [engine_of(dense).generate([request])[0].token_ids for request in requests]
+    assert [done.token_ids for done in engine_of(dense).generate(requests)] == alone
 
 
 # ---- under load ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 from typer.testing import CliRunner
 
-from inference.files import IM_END, TINY, edit, ids_of, needs, png, write_files
+from inference_model.files import IM_END, TINY, edit, ids_of, needs, png, write_files
 from models.planted import lively_checkpoint
 from qwen3vl_convert import ParallelLayout, hf_to_megatron
 from qwen3vl_convert.cli import instructions

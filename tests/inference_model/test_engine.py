@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.fake_model import (
+from inference_model.fake_model import (
     DIMS,
     EOS,
     HIDDEN,
@@ -456,6 +456,16 @@ def test_streams_take_turns() -> None:
     completion = streams[2].completion
     assert completion is not None
     assert list(completion.token_ids) == found[2]
+
+
+def test_a_stream_takes_no_events_from_those_that_step() -> None:
+    engine, request = engine_of(), text_prompt(1, 2, 3, max_new_tokens=4)
+    submitted = engine.submit(request)
+    list(engine.stream(text_prompt(5, 6, max_new_tokens=9, ignore_eos=True)))
+    engine.generate([text_prompt(7, max_new_tokens=3)])
+    events = engine.step()
+    assert [event.token_id for event in events if event.request_id == submitted] == expected(request)
+    assert {event.request_id for event in events} == {submitted}
 
 
 @pytest.mark.parametrize("how", ["close", "with", "drop", "break"])

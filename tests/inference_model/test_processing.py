@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference.files import (
+from inference_model.files import (
     IM_END,
     IMAGE,
     TEMPLATE,
