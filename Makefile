@@ -23,7 +23,7 @@ OLDEST := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 
 say = @echo "==> $(1)"
 
-.PHONY: help demo test test-newest test-oldest-transformers lint format docs docs-check bench gpu-check clean
+.PHONY: help demo test test-newest test-oldest-transformers lint format docs docs-check bench bench-inference gpu-check clean
 .PHONY: setup setup-newest setup-oldest-transformers
 
 help:  ## this list
@@ -117,7 +117,11 @@ bench: setup  ## speed and memory, each with its ratio to cp
 	$(call say,Measuring; every figure is printed beside cp on the same bytes)
 	@.venv/bin/python benchmarks/convert.py --write
 
-gpu-check: setup  ## the Megatron model against transformers on this machine's GPU
+bench-inference: setup  ## prefill and decoding, each with its ratio to transformers
+	$(call say,Measuring the inference engine beside the generate of transformers on the CPU; --device cuda for a GPU)
+	@.venv/bin/python benchmarks/inference.py
+
+gpu-check: setup  ## the models against transformers on this machine's GPU
 	$(call say,Comparing logits and timing a prefill; figures go to docs/gpu-results.md)
 	@.venv/bin/python benchmarks/gpu_check.py --write docs/gpu-results.md
 

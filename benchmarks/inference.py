@@ -4,8 +4,9 @@
     python benchmarks/inference.py --device cuda         # 2B, 8B and 30B-A3B cut to 12 layers, bf16, batch 1, 8, 32
 
 Weights and prompts are random; both run every prompt to the same number of tokens, in turns, and the middle of the
-repeats counts. Prefill is the time to the first token of a batch. On a GPU the last column is how much of the memory's
-bandwidth, as a copy on that GPU reaches it, decoding gets from reading each weight and each cached key and value once.
+repeats counts. Prefill is the time until every prompt of a batch has its first token. On a GPU the last column is how
+much of the memory's bandwidth, as a copy on that GPU reaches it, decoding gets from reading each weight and each cached
+key and value once.
 """
 
 import argparse
@@ -101,12 +102,25 @@ def randomise(model: torch.nn.Module) -> None:
         parameter.data.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.data.fill_(1.0)
 
 
-def run_ours(engine: Engine, prompts: list[list[int]], tokens: int) -> None:
+def run_ours(engine: Engine, prompts: list[list[int]], tokens: int) -> float:
+    """Seconds until every prompt has its first token."""
     sampling = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
-    engine.generate([Request(token_ids=prompt, sampling=sampling) for prompt in prompts])
+    done = engine.generate([Request(token_ids=prompt, sampling=sampling) for prompt in prompts])
+    return max(one.first_token_seconds or 0.0 for one in done)
 
 
-def run_theirs(model: Any, prompts: list[list[int]], tokens: int) -> None:
+def run_theirs(model: Any, prompts: list[list[int]], tokens: int) -> float:
+    """The same. What asks whether to stop is asked after every token."""
+    began = time.perf_counter()
+    first: list[float] = []
+
+    def asked(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if not first:
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            first.append(time.perf_counter() - began)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     ids = torch.tensor(prompts, device=model.device)
     with torch.inference_mode():
         model.generate(
@@ -116,23 +130,30 @@ def run_theirs(model: Any, prompts: list[list[int]], tokens: int) -> None:
             min_new_tokens=tokens,
             do_sample=False,
             pad_token_id=0,
+            stopping_criteria=[asked],
         )
+    return first[0]
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
 
 
-def rates(
-    runs: dict[str, Callable[[list[list[int]], int], None]], vocab: int, shape: Shape, repeat: int, sync: Any
-) -> dict[str, Rates]:
+Run = Callable[[list[list[int]], int], float]
+"""Runs prompts to so many tokens; seconds until each has its first."""
+
+
+def rates(runs: dict[str, Run], vocab: int, shape: Shape, repeat: int, sync: Callable[[], None]) -> dict[str, Rates]:
     """Of each program, in turns."""
     found: dict[str, list[Rates]] = {name: [] for name in runs}
     for turn in range(repeat + 1):
         for name, run in runs.items():
             generator = torch.Generator().manual_seed(turn)
             prompts = torch.randint(1000, vocab - 1000, (shape.batch, shape.prompt), generator=generator).tolist()
-            first = timed(partial(run, prompts, 1), sync)
-            whole = timed(partial(run, prompts, 1 + shape.tokens), sync)
+            sync()
+            began = time.perf_counter()
+            first = run(prompts, 1 + shape.tokens)
+            sync()
+            whole = time.perf_counter() - began
             if turn:  # the first warms up
                 found[name].append(Rates(first, (whole - first) / shape.tokens))
     return {

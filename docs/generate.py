@@ -23,6 +23,7 @@ def current() -> Iterator[tuple[Path, str]]:
     yield DOCS / "mapping-table.md", pages.mapping_table()
     yield DOCS / "python-api.md", pages.python_api()
     yield DOCS / "models-api.md", pages.models_api()
+    yield DOCS / "inference-api.md", pages.inference_api()
     for path in WRITTEN:
         yield path, refreshed(path.read_text())
 

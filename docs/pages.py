@@ -216,6 +216,20 @@ def models_api() -> str:
         return _rooms("Models", _MODELS_API, (("qwen3vl_convert.models", models, models.__all__),))
 
 
+_INFERENCE_API = """\
+What `import qwen3vl_convert.inference` offers: the inference model, part by part, and the engine that serves it. It
+needs torch. How to use it: [generate.md](generate.md).
+"""
+
+
+def inference_api() -> str:
+    """The same for the inference room, whose import needs torch."""
+    from qwen3vl_convert import inference
+
+    names = [name for name in inference.__all__ if name != "logger"]
+    return _rooms("Inference", _INFERENCE_API, (("qwen3vl_convert.inference", inference, names),))
+
+
 def _rooms(page: str, introduction: str, rooms: Iterable[tuple[str, Any, Iterable[str]]]) -> str:
     parts, seen = [f"# {page}", _NOTE, introduction], set()
     for title, room, names in rooms:

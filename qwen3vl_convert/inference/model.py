@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.inference.forward_batch import ForwardBatch, ForwardMode
-from qwen3vl_convert.inference.layers import Slots, module_slots
+from qwen3vl_convert.inference.layers import Linear, Slots
 from qwen3vl_convert.inference.moe import Experts
 from qwen3vl_convert.inference.positions import get_rope_index, packed_rope_index
-from qwen3vl_convert.inference.quantization import QuantizationConfig
+from qwen3vl_convert.inference.quantization import QuantizationConfig, product
 from qwen3vl_convert.inference.strict import load_into
 from qwen3vl_convert.inference.text import Qwen3VLTextModel
 from qwen3vl_convert.inference.vision import Qwen3VLVisionModel
@@ -41,7 +40,7 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         self.num_deepstack_embeddings = len(dims.deepstack)
         self.visual = vision_model(dims)
         self.model = text_model(dims, quant_config)
-        self.lm_head = None if dims.tied else nn.Linear(dims.hidden, dims.vocab, bias=False).requires_grad_(False)
+        self.lm_head = None if dims.tied else Linear(dims.hidden, dims.vocab)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,7 +83,7 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         if forward_batch.logits_indices is not None:
             hidden_states = hidden_states[forward_batch.logits_indices]
         if self.lm_head is None:
-            return functional.linear(hidden_states, self.get_input_embeddings().weight)
+            return product(hidden_states, self.get_input_embeddings().weight)
         return self.lm_head(hidden_states)  # type: ignore[no-any-return]
 
     def _mrope_positions(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
@@ -160,7 +159,7 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         yield from self.model.slots("model.language_model")
         yield from self.visual.slots("model.visual")
         if self.lm_head is not None:
-            yield from module_slots(self.lm_head, "lm_head")
+            yield from self.lm_head.slots("lm_head")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take every weight, by its name on the Hugging Face Hub; `loading.checkpoint_weights` streams those of a

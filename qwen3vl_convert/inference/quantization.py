@@ -56,13 +56,28 @@ class UnquantizedLinearMethod(LinearMethod):
     def apply(
         self, layer: nn.Module, name: str, x: Tensor, bias: Tensor | None = None, index: int | None = None
     ) -> Tensor:
-        return F.linear(x, _picked(getattr(layer, name), index), bias)
+        return product(x, _picked(getattr(layer, name), index), bias)
 
     def weight(self, layer: nn.Module, name: str, dtype: torch.dtype, index: int | Tensor | None = None) -> Tensor:
         return _picked(layer.get_parameter(name), index).to(dtype)
 
     def parameters_of(self, name: str) -> tuple[str, ...]:
         return (name,)
+
+
+_SOME_ROWS = range(3, 25)
+"""A batch that decodes on a CPU."""
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] by a weight [N, K] to [..., N].
+
+    For a few rows in fp32 on a CPU the other way round: MKL then spreads the work over N, in up to 1.7 times less time.
+    """
+    few = x.dim() == 2 and x.device.type == "cpu" and x.dtype == torch.float32 and len(x) in _SOME_ROWS
+    if not few or bias is not None:
+        return F.linear(x, weight, bias)
+    return torch.mm(weight, x.T).T.contiguous()
 
 
 class QuantizationConfig(ABC):

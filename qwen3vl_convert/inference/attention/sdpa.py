@@ -31,7 +31,7 @@ class SDPABackend(AttentionBackend):
         stored, grouped = paged(batch, layer), q.view(len(q), layer.num_kv_heads, -1, layer.head_dim)
         found = []
         for rows in _few(len(q), metadata.pages.shape[1] * stored[0][0].nbytes):
-            k, v = (one[metadata.pages[rows]].flatten(1, 2).transpose(1, 2) for one in stored)
+            k, v = (_gathered(one, metadata.pages[rows]) for one in stored)
             seen = metadata.seen[rows]
             one = functional.scaled_dot_product_attention(grouped[rows], k, v, attn_mask=seen, scale=layer.scaling)
             found.append(one.flatten(1, 2))
@@ -67,6 +67,15 @@ class SDPABackend(AttentionBackend):
         return found[0].transpose(0, 1)
 
 
+def _gathered(stored: Tensor, pages: Tensor) -> Tensor:
+    """Pages [B, P] of stored [pages, page size, K, D] as [B, K, L, D].
+
+    `index_select` copies whole pages on a CPU, where an index in brackets goes number by number.
+    """
+    found = stored.index_select(0, pages.flatten())
+    return found.view(len(pages), -1, *stored.shape[2:]).transpose(1, 2)
+
+
 def _few(rows: int, nbytes: int) -> Iterator[slice]:
     """Rows of so many bytes each, as many together as `_GATHERED` holds."""
     count = max(1, _GATHERED // nbytes)
@@ -82,4 +91,4 @@ def cached(span: Span, layer: "RadixAttention", batch: ForwardBatch) -> tuple[Te
             "Pass the pool, or whole sequences."
         )
     k, v = batch.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-    return k[span.slots], v[span.slots]
+    return k.index_select(0, span.slots), v.index_select(0, span.slots)
