@@ -390,12 +390,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # Where a virtual machine names AMX among its instructions and refuses it, oneDNN's bfloat16 ends the process.
-    onednn = torch.backends.mkldnn.flags(enabled=options.device != "cpu")
+    onednn = partial(torch.backends.mkldnn.flags, enabled=options.device != "cpu")
     folder = tempfile.TemporaryDirectory(prefix="gpu-check-", dir=options.work)
-    with folder as name, world(options.device), onednn, torch.no_grad():
+    with folder as name, world(options.device), onednn(), torch.no_grad():
         checks, timings = everything(Run(options.device, options.quick, Path(name)))
     folder = tempfile.TemporaryDirectory(prefix="gpu-check-", dir=options.work)
-    with folder as name:  # in a world of its own
+    with folder as name, onednn():  # in a world of its own
         verified = [said(one) for one in verifications(Path(name), options.device, options.quick)]
         answers = [said(one) for one in served(Path(name), options.device)]
     if options.write:
