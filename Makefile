@@ -11,10 +11,14 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# Megatron-Core's newest release needs Python 3.12, which may be there under several names.
-PYTHON312 ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12 \
-    $$HOME/.local/share/uv/python/cpython-3.12*/bin/python3.12; \
+# A Python of some release, which may be there under several names.
+find_python = $(shell for python in python$(1) $$HOME/.pyenv/versions/$(1)*/bin/python$(1) \
+    $$HOME/.local/share/uv/python/cpython-$(1)*/bin/python$(1); \
     do "$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
+# Megatron-Core's newest release needs it.
+PYTHON312 ?= $(call find_python,3.12)
+# The newest Python: everything that does without torch is tested there.
+PYTHON313 ?= $(call find_python,3.13)
 
 INPUTS := pyproject.toml setup.py constraints.txt
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
@@ -23,11 +27,11 @@ OLDEST := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 
 say = @echo "==> $(1)"
 
-.PHONY: help demo test test-newest test-oldest-transformers lint format docs docs-check bench bench-inference gpu-check clean
-.PHONY: setup setup-newest setup-oldest-transformers
+.PHONY: help demo test test-newest test-oldest-transformers test-light test-3.13 lint format docs docs-check bench bench-inference gpu-check clean
+.PHONY: setup setup-newest setup-oldest-transformers setup-light setup-3.13
 
 help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */  make \1|/' | column -t -s '|'
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9.-]+):.*## */  make \1|/' | column -t -s '|'
 
 # torch goes first, so that no other package's range picks another build of it.
 .venv/ready: $(INPUTS)
@@ -43,6 +47,20 @@ help:  ## this list
 	@$(PYTHON312) -m venv .venv-3.12
 	@.venv-3.12/$(PIP_INSTALL) -c constraints.txt torch
 	@.venv-3.12/$(PIP_INSTALL) -c constraints.txt -e '.[test,megatron,transformers]'
+	@touch $@
+
+# What a plain install brings, and pytest: no torch.
+.venv-3.13/ready: $(INPUTS)
+	$(call say,Setting up .venv-3.13: the program without torch on Python 3.13)
+	@$(PYTHON313) -m venv .venv-3.13
+	@.venv-3.13/$(PIP_INSTALL) -c constraints.txt -e '.[test]'
+	@touch $@
+
+.venv-3.13-torch/ready: $(INPUTS)
+	$(call say,Setting up .venv-3.13-torch: the program and what its tests need on Python 3.13)
+	@$(PYTHON313) -m venv .venv-3.13-torch
+	@.venv-3.13-torch/$(PIP_INSTALL) -c constraints.txt torch
+	@.venv-3.13-torch/$(PIP_INSTALL) -c constraints.txt -e '.[test,megatron,transformers]'
 	@touch $@
 
 # Its own transformers, and from .venv all that it has not got itself.
@@ -62,6 +80,10 @@ setup: .venv/ready  ## the environment of all targets but the two below
 setup-newest: $(if $(PYTHON312),.venv-3.12/ready)
 
 setup-oldest-transformers: .venv-tf4/ready
+
+setup-light: $(if $(PYTHON313),.venv-3.13/ready)
+
+setup-3.13: $(if $(PYTHON313),.venv-3.13-torch/ready)
 
 demo: setup  ## a tiny model there and back, dense and MoE, each command shown
 	$(call say,Converting a tiny dense and a tiny MoE model to Megatron and back in a temporary folder)
@@ -93,6 +115,23 @@ endif
 test-oldest-transformers: setup-oldest-transformers  ## the tests marked `transformers`, on its oldest supported release
 	$(call say,Testing what is marked transformers with $(firstword $(OLDEST)))
 	@.venv-tf4/$(PYTEST) -m "transformers and not slow" $(PYTEST_ARGS)
+
+test-light: setup-light  ## what does without torch, on Python 3.13 in an environment that has none
+ifeq ($(strip $(PYTHON313)),)
+	$(call say,Skipped: no Python 3.13 here; say where with make PYTHON313=...)
+else
+	$(call say,Testing what does without torch with $$(.venv-3.13/bin/python -V))
+	@.venv-3.13/bin/python -c 'import importlib.util as u, sys; sys.exit("torch is in .venv-3.13") if u.find_spec("torch") else None'
+	@.venv-3.13/$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+endif
+
+test-3.13: setup-3.13  ## all tests on Python 3.13 with the newest torch, which takes 5 GB; not in .ci/run
+ifeq ($(strip $(PYTHON313)),)
+	$(call say,Skipped: no Python 3.13 here; say where with make PYTHON313=...)
+else
+	$(call say,Testing with $$(.venv-3.13-torch/bin/python -V) and everything in constraints.txt)
+	@.venv-3.13-torch/$(PYTEST) $(PYTEST_ARGS)
+endif
 
 lint: setup  ## ruff, mypy strict; pyright where it is installed
 	$(call say,Checking style and types)
@@ -127,5 +166,5 @@ gpu-check: setup  ## the models against transformers on this machine's GPU
 
 clean:  ## remove environments, caches and builds
 	$(call say,Removing environments, caches and builds)
-	@rm -rf .venv .venv-3.12 .venv-tf4 build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv .venv-3.12 .venv-3.13 .venv-3.13-torch .venv-tf4 build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
