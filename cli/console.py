@@ -13,6 +13,7 @@ from typing import Any, ParamSpec
 import typer
 
 from qwen3vl_convert.errors import ConvertError
+from qwen3vl_convert.installed import named
 
 P = ParamSpec("P")
 
@@ -31,7 +32,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with named(command.__name__.replace("_", "-")):
+                command(*args, **kwargs)
         except (ConvertError, OSError, KeyboardInterrupt) as error:
             if show_traceback:
                 traceback.print_exception(error)

@@ -28,6 +28,7 @@ from qwen3vl_convert.cli.speaker import (
     waiting,
 )
 from qwen3vl_convert.errors import UsageError
+from qwen3vl_convert.installed import need
 
 if TYPE_CHECKING:
     from qwen3vl_convert.inference import Completion
@@ -75,6 +76,7 @@ def generate(
     """
     if stream and json:
         raise UsageError("--stream and --json: one object cannot come in pieces. Leave one of them out.")
+    need("generate", "torch", *(() if token_ids is not None else ("transformers",)))
     sampling = Sampling(temperature, top_p, top_k, seed)
     choice = ModelChoice(checkpoint, config, parse_iteration(iteration), device, dtype, quantization)
     processing, asked = _prompt(choice, prompt, token_ids, tuple(image or ()), tuple(video or ()), raw, system)

@@ -7,6 +7,7 @@ The commands of the command line are functions here: `hf_to_megatron`, `megatron
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from qwen3vl_convert.convert import Result, RunOptions, hf_to_megatron, megatron_to_hf
     from qwen3vl_convert.dims import Dims
     from qwen3vl_convert.errors import ConvertError, InputError, OutputError, UsageError
@@ -86,6 +87,10 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `--help` must not wait for numpy."""
     from importlib import import_module
 
+    if name == "__version__":
+        from qwen3vl_convert.installed import program_version
+
+        return program_version()
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

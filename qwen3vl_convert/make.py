@@ -15,9 +15,10 @@ from qwen3vl_convert.huggingface.writer import hub_order
 from qwen3vl_convert.mappings import MappingRegistry, mapping_registry
 from qwen3vl_convert.mappings.qwen3_vl import TABLES
 from qwen3vl_convert.plan import pieces
+from qwen3vl_convert.rounding import cast
 from qwen3vl_convert.seal import check_space, publishing
 from qwen3vl_convert.storage import DTYPES, StoredTensor
-from qwen3vl_convert.strided import Array, cast
+from qwen3vl_convert.strided import Array
 
 _TEXT_8B = Dims(
     model_type="qwen3_vl", layers=36, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=12288, vocab=151936,

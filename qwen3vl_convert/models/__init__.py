@@ -6,6 +6,8 @@ Nothing of Megatron-Core is imported before one of these names is used.
 from importlib import import_module
 from typing import Any
 
+from qwen3vl_convert.installed import named
+
 _PLACES = {
     "Qwen3VLModel": "model",
     "Qwen3VLVisionModel": "vision_model",
@@ -28,7 +30,8 @@ __all__ = sorted(_PLACES)
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    with named(__name__):
+        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
 
 
 def __dir__() -> list[str]:

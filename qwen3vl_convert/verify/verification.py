@@ -15,15 +15,15 @@ from pathlib import Path
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.fill import FillOptions
 from qwen3vl_convert.huggingface.hub import resolve
+from qwen3vl_convert.installed import need
 from qwen3vl_convert.model import HuggingFaceModel, MegatronModel, open_huggingface
 from qwen3vl_convert.verify.result import ULP_BUCKETS, LogitsReport, Verification, WeightsReport
 from qwen3vl_convert.verify.weights import compare_weights, open_beside
 
 Report = Callable[[str, int, int], None]
 _PACKAGES = ("qwen3vl-convert", "torch", "transformers", "megatron-core")
-_NEEDED = {"torch": "torch", "megatron.core": "megatron-core", "transformers": "transformers"}
-_SPARED = {"megatron": (), "inference": ("megatron",)}
-"""Modules that are not needed, by `LogitsOptions.model`."""
+_FOR_MODEL = {"megatron": ("megatron.core",), "inference": ()}
+"""Modules that only one of `LogitsOptions.model` needs."""
 _NOT_READ = WeightsReport(0, 0, (), {}, (0,) * len(ULP_BUCKETS), "", ())
 
 
@@ -111,18 +111,10 @@ def _processes() -> int:
 
 
 def check_installed(headless: bool, model: str = "megatron") -> None:
-    """Raise `UsageError` unless both models can be built here."""
-    from importlib.util import find_spec
-
+    """Raise `UsageError`, or `NotInstalled`, unless both models can be built here."""
     if headless:
         raise UsageError("--logits with --headless: a model without an output layer has no logits. Leave one of them.")
-    needed = [(module, package) for module, package in _NEEDED.items() if not module.startswith(_SPARED[model])]
-    missing = [package for module, package in needed if find_spec(module.partition(".")[0]) is None]
-    if missing:
-        raise UsageError(
-            f"--logits builds both models, and {', '.join(missing)} is not installed. "
-            f"pip install 'qwen3vl-convert[megatron,transformers]'."
-        )
+    need("--logits", "torch", "transformers", "psutil", *_FOR_MODEL[model])
 
 
 def installed_versions() -> dict[str, str]:
