@@ -21,7 +21,7 @@ import torch
 from qwen3vl_convert.config_fields import MODEL_TYPES
 from qwen3vl_convert.errors import ConvertError, UsageError
 from qwen3vl_convert.huggingface.config import portable_config
-from qwen3vl_convert.mappings import MappingRegistry, mapping_registry
+from qwen3vl_convert.mappings import MegatronMappingRegistry, mapping_registry
 from qwen3vl_convert.megatron.run_config import provider_fields
 from qwen3vl_convert.model import HuggingFaceModel
 from qwen3vl_convert.models.live import Export, HFWeightTuple, Loaded, export_weights, load_weights, open_export
@@ -87,7 +87,7 @@ class _Bridge:
         }
         return self.provider(**{name: value for name, value in fields.items() if name != "_target_"})
 
-    def mapping_registry(self) -> MappingRegistry:
+    def mapping_registry(self) -> MegatronMappingRegistry:
         """The mappings of this family, the same as those of `hf-to-megatron`; for one model, those that it needs."""
         if self.source is None:
             return mapping_registry(self.model_type)
@@ -233,7 +233,7 @@ class AutoBridge:
             provider.provide = _filling(provider, self.bridge, hf_path)
         return provider
 
-    def mapping_registry(self) -> MappingRegistry:
+    def mapping_registry(self) -> MegatronMappingRegistry:
         """As the bridge's."""
         return self.bridge.mapping_registry()
 
