@@ -23,6 +23,7 @@ from qwen3vl_convert.mappings import (
     mapping_registry,
 )
 from qwen3vl_convert.megatron.placement import cut_dimension
+from qwen3vl_convert.megatron.stored import stored
 
 MODELS = ("qwen3_vl", "qwen3_vl_moe")
 
@@ -172,15 +173,9 @@ def replicated_as_ours(theirs: Mapping, ours: Mapping) -> bool:
     weight = torch.randn(shape)
     return (
         theirs.equation.uncut
-        and cut_dimension_of(ours) is None
-        and torch.equal(theirs.hf_to_megatron(weight), ours.hf_to_megatron(weight, sizes))  # type: ignore[arg-type]
+        and cut_dimension(stored(ours.equation)[0]) is None
+        and torch.equal(theirs.hf_to_megatron(weight), ours.hf_to_megatron(weight, sizes))
     )
-
-
-def cut_dimension_of(mapping: Mapping) -> int | None:
-    from qwen3vl_convert.megatron.stored import stored
-
-    return cut_dimension(stored(mapping.equation)[0])
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
