@@ -12,7 +12,7 @@ from qwen3vl_convert.errors import UnknownTensors, UsageError
 from qwen3vl_convert.mappings import (
     AutoMapping,
     ExpertMLPGateUpProjMapping,
-    MappingRegistry,
+    MegatronMappingRegistry,
     QKVMapping,
     ReplicatedMapping,
     mapping_registry,
@@ -96,7 +96,7 @@ def test_order_does_not_decide() -> None:
     one, other = ReplicatedMapping("a.*.w", "b.*.w"), ReplicatedMapping("a.0.w", "c.w")
     for order in ((one, other), (other, one)):
         with pytest.raises(UsageError, match="is claimed twice"):
-            MappingRegistry(order)
+            MegatronMappingRegistry(*order)
 
 
 @pytest.fixture

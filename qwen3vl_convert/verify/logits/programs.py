@@ -16,7 +16,7 @@ from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import UnsupportedFormat
 from qwen3vl_convert.huggingface.config import rebuild_config
 from qwen3vl_convert.huggingface.experts import experts_layout
-from qwen3vl_convert.mappings import MappingRegistry, Pair, View, mapping_registry
+from qwen3vl_convert.mappings import MegatronMappingRegistry, Pair, View, mapping_registry
 from qwen3vl_convert.model import EMBEDDING, OUTPUT, HuggingFaceModel
 from qwen3vl_convert.plan import Box
 from qwen3vl_convert.reader import read_box
@@ -149,7 +149,7 @@ class FolderWeights:
     """
 
     opened: HuggingFaceModel
-    memory: MappingRegistry
+    memory: MegatronMappingRegistry
     layout: str
 
     def parameter(self, name: str) -> Tensor:
