@@ -37,7 +37,7 @@ def tiny_moe(run: Run) -> Iterator[Row]:
 def equal_by_all(what: str, hf: Path, megatron: Path, device: str) -> Iterator[Row]:
     """Weights once, then the logits in each way that is asked for."""
     weights = verify(hf, megatron).weights
-    said = f"{weights.tensors} tensors, {weights.elements / 1e9:.2f}e9 elements, {weights.seconds:.1f} s"
+    said = f"{weights.tensors} tensors, {weights.elements:,} elements, {weights.seconds:.1f} s"
     yield Row("sanity", (f"weights of {what}, bit for bit", said), weights.equal)
     for dtype, model in ASKED:
         yield verified(what, LogitsOptions(device=device, dtype=dtype, model=model), (hf, megatron), weights=weights)
