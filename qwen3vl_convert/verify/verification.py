@@ -63,19 +63,23 @@ def verify(
     logits: LogitsOptions | None = None,
     options: FillOptions | None = None,
     report: Report | None = None,
+    weights: WeightsReport | None = None,
 ) -> Verification:
     """Compare every weight of a HF folder, or Hub id, with a Megatron checkpoint of any layout; with `logits`, also
     what transformers' model and ours compute with them.
 
-    `dtype_tolerant`: dtypes may differ, and values must be exactly what rounding gives. Raises `InputError`'s kinds for
-    checkpoints that cannot be compared, `UsageError` where what `logits` needs is not installed.
+    `dtype_tolerant`: dtypes may differ, and values must be exactly what rounding gives. `weights`: what an earlier
+    `verify` of these two found of theirs, which are not read and compared again then: for logits in several dtypes, or
+    of several models. Raises `InputError`'s kinds for checkpoints that cannot be compared, `UsageError` where what
+    `logits` needs is not installed.
     """
     if logits is not None:
         check_installed(headless, logits.model)
     theirs = open_huggingface(resolve(huggingface, weights=True).folder, headless=headless)
     ours = open_beside(theirs, Path(megatron), iteration, headless)
-    weights = _NOT_READ
-    if logits is None or _rank() == 0:  # under torchrun the others go ahead and wait for the first
+    if weights is None and logits is not None and _rank() > 0:
+        weights = _NOT_READ  # under torchrun the others go ahead and wait for the first
+    elif weights is None:
         weights = compare_weights(theirs, ours, dtype_tolerant=dtype_tolerant, options=options, report=report)
     compared = None if logits is None else _compare_logits(theirs, ours, logits, weights, report)
     return Verification(

@@ -106,19 +106,21 @@ def shelf_of(weights: Weights, most: int, device: torch.device) -> Shelf:
 
 
 def fill(model: nn.Module, weights: Weights, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
-    """Give a hollow model its weights for good, rounded to these dtypes one after another."""
+    """Give a hollow model its weights for good, rounded to these dtypes one after another: on the device, which has them
+    as they are stored before, since a GPU rounds in no time and a host does not.
+    """
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                tensor = rounded(_whole(weights, f"{name}.{key}", parameter), dtypes)
-                module._parameters[key] = nn.Parameter(tensor.to(device), requires_grad=False)
+                tensor = rounded(_whole(weights, f"{name}.{key}", parameter, device), dtypes)
+                module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
 
 
-def _whole(weights: Weights, name: str, like: Tensor) -> Tensor:
-    """A parameter, a stack of experts too."""
+def _whole(weights: Weights, name: str, like: Tensor, device: torch.device) -> Tensor:
+    """A parameter as it is stored, on the device; a stack of experts too."""
     if not name.rpartition(".")[0].endswith(STACK):
-        return weights.parameter(name)
-    return torch.stack([weights.expert(name, number) for number in range(len(like))])
+        return weights.parameter(name).to(device)
+    return torch.stack([weights.expert(name, number).to(device) for number in range(len(like))])
 
 
 def rounded(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:

@@ -55,7 +55,7 @@ class ThirdTraffic(Traffic):
         model = self.models[program, False]
         assert isinstance(model, Qwen3VLForConditionalGeneration)
         model.to_empty(device=self.mode.device)
-        model.load_weights(weights_of(self.ours, self.mode.dtypes(False)))
+        model.load_weights(weights_of(self.ours, self.mode.dtypes(False), self.mode.device))
 
     def _logits(self, model: nn.Module, prompt: Prompt) -> Tensor:
         ids = prompt.input_ids[0]
@@ -70,13 +70,17 @@ class ThirdTraffic(Traffic):
         return logits
 
 
-def weights_of(ours: MegatronModel, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Tensor]]:
-    """All weights of a Megatron checkpoint by their names on the Hub, rounded to these dtypes one after another."""
+def weights_of(
+    ours: MegatronModel, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """All weights of a Megatron checkpoint by their names on the Hub, rounded on the device to these dtypes one after
+    another.
+    """
     assembled = assemble_megatron(open_megatron(ours.checkpoint.folder, None, ours.model.dims, "per-expert"))
     for name in assembled.links:
-        yield name, rounded(assembled.tensor(name), dtypes)
+        yield name, rounded(assembled.tensor(name).to(device), dtypes)
     if OUTPUT[1] not in assembled.links:
-        yield OUTPUT[1], rounded(assembled.tensor(EMBEDDING[1]), dtypes)
+        yield OUTPUT[1], rounded(assembled.tensor(EMBEDDING[1]).to(device), dtypes)
 
 
 def aligned(dims: Dims, parameters: Iterable[str]) -> tuple[Aligned, ...]:
