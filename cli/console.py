@@ -13,6 +13,8 @@ from typing import Any, ParamSpec
 import typer
 
 from qwen3vl_convert.errors import ConvertError
+from qwen3vl_convert.progress import Report
+from qwen3vl_convert.quantities import duration, share, size
 
 P = ParamSpec("P")
 
@@ -80,8 +82,8 @@ class Console:
                 print(f"note: {note}", file=sys.stderr)
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A report function: a bar on a terminal, a line now and then elsewhere, nothing with `--quiet`."""
+    def progress(self) -> Iterator[Report]:
+        """A report function: bars on a terminal, a line now and then elsewhere, nothing with `--quiet`."""
         if self.quiet:
             yield lambda stage, done, total: None
         elif sys.stderr.isatty():
@@ -101,45 +103,70 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
+def _bar() -> Iterator[Report]:
+    """A line for each stage: a bar of what is done, or, where no number measures it, one that moves, and the time."""
     from rich.console import Console as Rich
     from rich.progress import (
         BarColumn,
         DownloadColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TaskID,
         TextColumn,
+        TimeElapsedColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.text import Text
 
-    columns = (
-        TextColumn("{task.description:8}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    class Of(ProgressColumn):
+        """Another column, for tasks that are measured, or for those that are not."""
+
+        def __init__(self, column: ProgressColumn, measured: bool) -> None:
+            super().__init__()
+            self.column, self.measured = column, measured
+
+        def render(self, task: Task) -> Any:
+            return self.column.render(task) if task.fields["measured"] == self.measured else Text("")
+
+    measured = (Of(column, True) for column in (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()))
+    columns = (TextColumn("{task.description:8}"), BarColumn(), *measured, Of(TimeElapsedColumn(), False))
     tasks: dict[str, TaskID] = {}
+    waiting: list[TaskID] = []
     with Progress(*columns, console=Rich(stderr=True)) as progress:
 
+        def ended() -> None:
+            for task in waiting:
+                progress.update(task, total=1, completed=1)
+            waiting.clear()
+
         def report(stage: str, done: int, total: int) -> None:
+            ended()
             if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done)
+                tasks[stage] = progress.add_task(stage, total=total or None, measured=total > 0)
+            if total:
+                progress.update(tasks[stage], completed=done)
+            else:
+                waiting.append(tasks[stage])
 
         yield report
+        ended()
 
 
-def _lines() -> Callable[[str, int, int], None]:
+def _lines() -> Report:
+    """A line when something begins that no number measures, and now and then about what is measured."""
     last = began = time.monotonic()
 
     def report(stage: str, done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= _LINE_EVERY:
+        if not total:
+            print(f"{stage} ...", file=sys.stderr, flush=True)
+        elif now - last >= _LINE_EVERY:
             last = now
-            print(f"{stage}: {done / max(total, 1):.0%} of {size(total)} after {now - began:.0f} s", file=sys.stderr)
+            said = f"{stage}: {share(done / total, 0)} of {size(total)} after {duration(now - began)}"
+            print(said, file=sys.stderr, flush=True)
 
     return report
 
@@ -157,12 +184,3 @@ def table(title: str, rows: Iterable[tuple[str, ...]], header: tuple[str, ...] =
     for row in known:
         made.add_row(*row)
     Rich(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(made)
-
-
-def size(nbytes: float) -> str:
-    """`4.26 GB`; decimal units, as disks and the Hub count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"

@@ -133,6 +133,7 @@ def _modules(text_layers: int, vision_layers: int) -> Iterator[tuple[str, str, s
 
 def logits(prompts: tuple[PromptResult, ...], all_points: tuple[PointResult, ...], **changes: object) -> LogitsReport:
     report = LogitsReport(
+        programs=("transformers 5.23.0", "Qwen3VLModel on megatron-core 0.16.1"),
         device="cuda (NVIDIA H100 80GB HBM3)",
         dtype="fp32",
         reference="fp64",

@@ -4,29 +4,16 @@ import base64
 import hashlib
 from collections.abc import Iterable
 
+from qwen3vl_convert.quantities import amount, duration, size
 from qwen3vl_convert.verify.report.markup import Child, Markup, breakable, element, joined, sentence
 from qwen3vl_convert.verify.report.pictures import kl_picture, layer_picture, ulp_picture
 from qwen3vl_convert.verify.report.style import COLOURS, PAGE, PICTURES
 from qwen3vl_convert.verify.report.tables import points_table, prompts_table, settings_table, tensors_table
 from qwen3vl_convert.verify.report.tokens import KINDS
-from qwen3vl_convert.verify.report.words import (
-    amount,
-    by_severity,
-    duration,
-    exactness,
-    failed,
-    figure,
-    memory,
-    verdict,
-)
+from qwen3vl_convert.verify.report.words import MODES, by_severity, exactness, failed, verdict
 from qwen3vl_convert.verify.result import LogitsReport, PromptResult, Verification, WeightsReport
 
 _STYLE = COLOURS + PICTURES + PAGE
-_MODES = {
-    "whole": "both models whole in memory",
-    "stream": "streamed, one layer in memory at a time",
-    "parallel": "whole, the Megatron model in parallel over several processes",
-}
 _MARKS = {True: ("✓", "equals", "equal"), False: ("✕", "differs", "differ"), None: ("–", "not-run", "not compared")}
 _DIFFERS = {True: "", False: " differs"}
 _LONG_CONTENTS = 900
@@ -183,7 +170,7 @@ def _threshold(logits: LogitsReport) -> str:
     return (
         f"Each model ran every prompt in {logits.dtype} and again in {logits.reference}, which shows how far rounding "
         f"alone moves its logits: its own error, below with Hugging Face's first. A difference between the two models "
-        f"of more than {figure(logits.multiple)} times both own errors added up is more than rounding, and fails."
+        f"of more than {logits.multiple:g} times both own errors added up is more than rounding, and fails."
     )
 
 
@@ -226,10 +213,10 @@ def _facts(found: Verification) -> list[Markup]:
 def _run_facts(logits: LogitsReport) -> list[tuple[str, Child]]:
     return [
         ("Logits", f"{logits.dtype} on {logits.device}"),
-        ("Reference", f"{logits.reference}; the threshold is {figure(logits.multiple)} times the own errors"),
-        ("How", _MODES.get(logits.mode, logits.mode)),
+        ("Reference", f"{logits.reference}; the threshold is {logits.multiple:g} times the own errors"),
+        ("How", MODES.get(logits.mode, logits.mode)),
         ("Time for logits", duration(logits.seconds)),
-        ("Peak memory", memory(logits.peak_bytes)),
+        ("Peak memory", size(logits.peak_bytes)),
     ]
 
 

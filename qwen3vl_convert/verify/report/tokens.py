@@ -3,10 +3,11 @@
 import math
 from itertools import groupby
 
+from qwen3vl_convert.quantities import figure
 from qwen3vl_convert.verify.report.axis import power_of_ten
 from qwen3vl_convert.verify.report.drawing import legend, picture
 from qwen3vl_convert.verify.report.markup import Markup, element, joined, text
-from qwen3vl_convert.verify.report.words import figure, worst
+from qwen3vl_convert.verify.report.words import worst
 from qwen3vl_convert.verify.result import LogitsReport, PromptResult
 
 BINS = 11

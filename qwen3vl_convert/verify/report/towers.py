@@ -1,10 +1,11 @@
 """The picture of the difference per layer: both towers, every point in the order of execution."""
 
+from qwen3vl_convert.quantities import figure
 from qwen3vl_convert.verify.report.axis import Decades
 from qwen3vl_convert.verify.report.drawing import legend, picture, round_mark, square_mark
 from qwen3vl_convert.verify.report.groups import Group, grouped
 from qwen3vl_convert.verify.report.markup import Markup, element, joined, text
-from qwen3vl_convert.verify.report.words import excess, figure, place_name
+from qwen3vl_convert.verify.report.words import excess, place_name
 from qwen3vl_convert.verify.result import LogitsReport, PointResult
 
 _FEW_MARKS, _MOST_MARKS = 80, 420
