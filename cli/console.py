@@ -4,17 +4,21 @@ import functools
 import json
 import math
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
 from qwen3vl_convert.errors import ConvertError
-from qwen3vl_convert.progress import Report
+from qwen3vl_convert.progress import STEP, Report
 from qwen3vl_convert.quantities import duration, share, size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn, TaskID
 
 P = ParamSpec("P")
 
@@ -102,56 +106,84 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+_HEADING, _MEASURED, _WAITING = "heading", "measured", "waiting"
+"""Kinds of lines of progress: the step of several to which the lines below it belong, what is measured in bytes, and
+what no number measures.
+"""
+
+
 @contextmanager
 def _bar() -> Iterator[Report]:
     """A line for each stage: a bar of what is done, or, where no number measures it, one that moves, and the time."""
     from rich.console import Console as Rich
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import Progress
+
+    with Progress(*_columns(), console=Rich(stderr=True)) as progress:
+        bars = _Bars(progress)
+        yield bars.report
+        bars.end_waiting()
+
+
+def _columns() -> "tuple[ProgressColumn, ...]":
+    from rich import progress as of
+    from rich.table import Column
     from rich.text import Text
 
-    class Of(ProgressColumn):
-        """Another column, for tasks that are measured, or for those that are not."""
+    class ByKind(of.ProgressColumn):
+        """What another column shows in a line, by its kind; nothing for other kinds, and never in two lines."""
 
-        def __init__(self, column: ProgressColumn, measured: bool) -> None:
-            super().__init__()
-            self.column, self.measured = column, measured
+        def __init__(self, shrinks: bool = False, **columns: of.ProgressColumn) -> None:
+            super().__init__(Column(no_wrap=not shrinks))
+            self.columns = columns
 
-        def render(self, task: Task) -> Any:
-            return self.column.render(task) if task.fields["measured"] == self.measured else Text("")
+        def render(self, task: of.Task) -> Any:
+            column = self.columns.get(task.fields["kind"])
+            return Text("") if column is None else column.render(task)
 
-    measured = (Of(column, True) for column in (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()))
-    columns = (TextColumn("{task.description:8}"), BarColumn(), *measured, Of(TimeElapsedColumn(), False))
-    tasks: dict[str, TaskID] = {}
-    waiting: list[TaskID] = []
-    with Progress(*columns, console=Rich(stderr=True)) as progress:
+    bar = of.BarColumn(20)
+    return (
+        of.TextColumn("{task.description:8}", table_column=Column(no_wrap=True)),
+        ByKind(shrinks=True, measured=bar, waiting=bar),
+        ByKind(measured=of.DownloadColumn()),
+        ByKind(measured=of.TransferSpeedColumn()),
+        ByKind(measured=of.TimeRemainingColumn(compact=True), waiting=of.TimeElapsedColumn()),
+    )
 
-        def ended() -> None:
-            for task in waiting:
-                progress.update(task, total=1, completed=1)
-            waiting.clear()
 
-        def report(stage: str, done: int, total: int) -> None:
-            ended()
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total or None, measured=total > 0)
+class _Bars:
+    """The lines of progress on a terminal. Stages of a step stand below its name."""
+
+    def __init__(self, progress: "Progress") -> None:
+        self.progress = progress
+        self.tasks: dict[str, TaskID] = {}
+        self.waiting: list[TaskID] = []
+        self.lock = threading.Lock()
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """What `Report` says; called by many threads."""
+        with self.lock:
+            if not (known := stage in self.tasks):
+                self.tasks[stage] = self._line(stage, total)
             if total:
-                progress.update(tasks[stage], completed=done)
-            else:
-                waiting.append(tasks[stage])
+                self.progress.update(self.tasks[stage], completed=done)
+            elif not known:
+                self.waiting.append(self.tasks[stage])
 
-        yield report
-        ended()
+    def _line(self, stage: str, total: int) -> "TaskID":
+        self.end_waiting()
+        step, colon, rest = stage.partition(STEP)
+        if not colon:
+            return self.progress.add_task(stage, total=total or None, kind=_MEASURED if total else _WAITING)
+        if step not in self.tasks:
+            self.tasks[step] = self.progress.add_task(step, total=1, completed=1, kind=_HEADING)
+        kind = _MEASURED if total else _WAITING
+        return self.progress.add_task(f"  {rest}", total=total or None, kind=kind)
+
+    def end_waiting(self) -> None:
+        """What no number measures is over when the next begins."""
+        for task in self.waiting:
+            self.progress.update(task, total=1, completed=1)
+        self.waiting.clear()
 
 
 def _lines() -> Report:

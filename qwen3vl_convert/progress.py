@@ -5,6 +5,9 @@ from collections.abc import Callable
 Report = Callable[[str, int, int], None]
 """Called as report(stage, bytes done, bytes in all); with 0 and 0 when something begins that no number measures."""
 
+STEP = ": "
+"""Between a step among several and a stage of it."""
+
 
 def begin(report: Report | None, stage: str) -> None:
     """Say what comes next and may take a while, before it does."""
@@ -14,4 +17,4 @@ def begin(report: Report | None, stage: str) -> None:
 
 def within(report: Report | None, step: str) -> Report | None:
     """A report of the stages of one step among several: `convert back: fill`."""
-    return report and (lambda stage, done, total: report(f"{step}: {stage}", done, total))
+    return report and (lambda stage, done, total: report(f"{step}{STEP}{stage}", done, total))
