@@ -68,9 +68,10 @@ def chat(
     In it: /image FILE, /video FILE, /reset, /help, /exit. Ctrl-C stops an answer, Ctrl-D ends. Without a terminal each
     line of stdin is a message.
     """
-    sampling = Sampling(temperature, top_p, top_k, seed)
-    choice = ModelChoice(checkpoint, config, parse_iteration(iteration), device, dtype, quantization)
-    processing = choice.processing()
+    with waiting("importing torch and transformers", quiet):
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        choice = ModelChoice(checkpoint, config, parse_iteration(iteration), device, dtype, quantization)
+        processing = choice.processing()
     if processing.template is None:
         raise InputError(
             f"{processing.folder}: expected a chat template (chat_template.jinja, chat_template.json, or in "

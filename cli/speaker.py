@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +159,14 @@ class Sampling:
         said = {"top_p": self.top_p, "top_k": self.top_k}
         taken = [f"{name} {value}" for name, value in recommended.items() if said.get(name) is None]
         return (f"{', '.join(taken)}: from generation_config.json.",) if self.temperature and taken else ()
+
+
+def check_prompt(dims: "Dims", token_ids: Sequence[int], asked: int | None) -> None:
+    """Raise `UsageError`, before any weight is read, for tokens that the model does not have, or too many for it."""
+    from qwen3vl_convert.inference.engine.requests import CONTEXT, check_room, check_vocabulary
+
+    check_vocabulary(token_ids, dims.vocab)
+    check_room(len(token_ids), asked or 1, {CONTEXT: dims.max_positions})
 
 
 def room_for(engine: "Engine", prompt_tokens: int, asked: int | None, usual: int) -> int:

@@ -1,7 +1,10 @@
 """verify and roundtrip: parse, call, print."""
 
 import os
+import shlex
+import sys
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +33,7 @@ from qwen3vl_convert.errors import OutputError, UsageError
 if TYPE_CHECKING:
     from qwen3vl_convert.fill import FillOptions
     from qwen3vl_convert.verify import LogitsOptions, RoundTrip, Verification
+    from qwen3vl_convert.verify.report import Occasion
 
 _LOGITS = "What both models compute"
 AnyMemory = Annotated[
@@ -160,10 +164,18 @@ def _write(path: Path, found: "Verification") -> None:
 
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(html_report(found), encoding="utf-8")
+        unfinished.write_text(html_report(found, _occasion()), encoding="utf-8")
         unfinished.rename(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _occasion() -> "Occasion":
+    """Now, and what was typed."""
+    from qwen3vl_convert.verify.report import Occasion
+
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return Occasion(now, shlex.join(["qwen3vl-convert", *sys.argv[1:]]))
 
 
 def _show(found: "Verification") -> None:

@@ -156,6 +156,7 @@ class LogitsReport:
 
     `programs`: what computed with the HF folder, and with the Megatron checkpoint, with versions.
     `mode`: "whole", "stream" or "parallel". `peak_bytes`: most memory of the process, or of the GPU where there is one.
+    `deepstack`: the blocks of the vision tower from which its deepstack mergers take, in the order of the mergers.
     """
 
     programs: tuple[str, str]
@@ -170,6 +171,7 @@ class LogitsReport:
     notes: tuple[str, ...]
     seconds: float
     peak_bytes: int
+    deepstack: tuple[int, ...] = ()
 
     @property
     def equal(self) -> bool:

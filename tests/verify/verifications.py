@@ -145,6 +145,7 @@ def logits(prompts: tuple[PromptResult, ...], all_points: tuple[PointResult, ...
         notes=("No processor in the folder: the pixels are synthetic.",),
         seconds=38.2,
         peak_bytes=5_214_000_000,
+        deepstack=(5, 11, 17),
     )
     return replace(report, **changes)  # type: ignore[arg-type]
 

@@ -84,6 +84,7 @@ def compare_logits(
         notes=(*notes, *reason),
         seconds=time.monotonic() - began,
         peak_bytes=peak_bytes(device),
+        deepstack=ours.model.dims.deepstack,
     )
 
 

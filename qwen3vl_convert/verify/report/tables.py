@@ -127,7 +127,7 @@ def _value(value: object) -> Markup:
 def points_table(logits: LogitsReport) -> Markup:
     """What the picture shows, for those who do not see it: the worst point of each group."""
     columns = [Column("Worst point of each layer"), *map(number, ("Difference", "Allowed", "Times the allowed"))]
-    groups = [group for tower in ("vision", "text") for group in grouped(logits.points, tower)]
+    groups = [group for tower in ("vision", "text") for group in grouped(logits.points, tower, logits.deepstack)]
     rows: list[Row] = []
     for point in (group.worst for group in groups):
         times = apart(excess(point), 1.0)[0]
