@@ -3,7 +3,7 @@
 Each is built without weights and takes them, a module at a time, from where they are: files, or a model that has them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -105,15 +105,23 @@ def shelf_of(weights: Weights, most: int, device: torch.device) -> Shelf:
     return Shelf(read, most)
 
 
-def fill(model: nn.Module, weights: Weights, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
-    """Give a hollow model its weights for good, rounded to these dtypes one after another: on the device, which has them
-    as they are stored before, since a GPU rounds in no time and a host does not.
+def fill(
+    model: nn.Module,
+    weights: Weights,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    passed: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Give a hollow model its weights for good, rounded to these dtypes one after another. That is done on the device,
+    which has them as they are stored before: a GPU rounds in no time and a host does not. `passed` is told of each
+    parameter's bytes.
     """
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 tensor = rounded(_whole(weights, f"{name}.{key}", parameter, device), dtypes)
                 module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+                passed(tensor.nbytes)
 
 
 def _whole(weights: Weights, name: str, like: Tensor, device: torch.device) -> Tensor:
