@@ -70,9 +70,10 @@ def chat(
     line of stdin is a message.
     """
     need("chat", "torch", "transformers")
-    sampling = Sampling(temperature, top_p, top_k, seed)
-    choice = ModelChoice(checkpoint, config, parse_iteration(iteration), device, dtype, quantization)
-    processing = choice.processing()
+    with waiting("importing torch and transformers", quiet):
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        choice = ModelChoice(checkpoint, config, parse_iteration(iteration), device, dtype, quantization)
+        processing = choice.processing()
     if processing.template is None:
         raise InputError(
             f"{processing.folder}: expected a chat template (chat_template.jinja, chat_template.json, or in "

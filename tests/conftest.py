@@ -1,111 +1,44 @@
-"""Where the tests find real checkpoints: in the repository, or in the `shared` folder beside it. And the one rule by
-which tests are skipped where torch is not installed.
-"""
+"""What all tests and the processes that they start share: the machine as they see it, and real checkpoints."""
 
 import os
-from collections.abc import Generator
-from importlib.util import find_spec
+import signal
 from pathlib import Path
 
 import pytest
 
-# The tests run side by side already; threads of one would wait for those of the other. Before torch is imported.
+from recorded import HUGGINGFACE, MEGATRON
+from without_torch import (
+    pytest_ignore_collect,
+    pytest_make_collect_report,
+    pytest_report_header,
+    pytest_runtest_call,
+    pytest_runtest_setup,
+)
+
+__all__ = [
+    "pytest_ignore_collect",
+    "pytest_make_collect_report",
+    "pytest_report_header",
+    "pytest_runtest_call",
+    "pytest_runtest_setup",
+]
+
+# Before torch is imported. The tests run side by side already; threads of one would wait for those of the other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED = REPOSITORY.parent / "shared"
-GOLDEN = [SHARED / "golden", REPOSITORY / "tests" / "golden"]
-"""All of them beside the repository, or the few that it carries."""
-
-
-# ---- without torch ---------------------------------------------------------------------------------------------------
-
-WITH_TORCH = find_spec("torch") is not None
-NEED_TORCH = ("torch", "transformers", "megatron", "tokenizers")
-"""What tests import that is torch, or stands on it."""
-OF_MODELS = ("models", "inference_model", "oracles")
-"""Folders of tests of what is built with torch, or asks what is."""
-
-
-def pytest_report_header() -> list[str]:
-    folders = ", ".join(f"tests/{folder}" for folder in OF_MODELS)
-    return [] if WITH_TORCH else [f"torch is not installed: left out are {folders} and what imports it as an oracle"]
-
-
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    parts = collection_path.relative_to(REPOSITORY / "tests").parts if "tests" in collection_path.parts else ()
-    return True if not WITH_TORCH and parts[:1] and parts[0] in OF_MODELS else None
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(
-    collector: pytest.Collector,
-) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """A file that imports it is skipped. Where torch is installed, none is for want of a package."""
-    report = yield
-    call: pytest.CallInfo[object] | None = getattr(report, "call", None)
-    error = call.excinfo.value.__cause__ if report.failed and call and call.excinfo else None
-    if reason := _wants_torch(error):
-        report.outcome = "skipped"
-        report.longrepr = (str(collector.path), 0, f"Skipped: {reason}")
-    return report
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup() -> Generator[None, None, None]:
-    """So is a test that imports it itself. What the program fails to import is a failure."""
-    try:
-        return (yield)
-    except ModuleNotFoundError as error:
-        reason = _wants_torch(error)
-        if not reason or not _in_tests(error):
-            raise
-    pytest.skip(reason)
-
-
-pytest_runtest_call = pytest_runtest_setup
-
-
-def _wants_torch(error: BaseException | None) -> str:
-    """Why a test is skipped that failed with this; nothing where that is no reason."""
-    name = str(error.name) if isinstance(error, ImportError) else ""
-    wants = not WITH_TORCH and name.partition(".")[0] in NEED_TORCH
-    return f"imports {name}, and torch is not installed" if wants else ""
-
-
-def _in_tests(error: BaseException) -> bool:
-    """Whether the import statement that failed is in a file of tests."""
-    trace, last = error.__traceback__, ""
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        last, trace = (last if "importlib" in file else file), trace.tb_next
-    return Path(last).is_relative_to(REPOSITORY / "tests")
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def first_existing(candidates: list[Path], what: str) -> Path:
-    """The first folder that is there; skips the test, saying where it looked, if none is."""
-    for candidate in candidates:
-        if candidate.is_dir():
-            return candidate
-    pytest.skip(f"{what} is in none of {', '.join(map(str, candidates))}")
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Facts and checkpoints that several projects read: reference/, golden/."""
-    return first_existing([SHARED], "the shared folder")
+# Nor is there a GPU: a model would be built on it and fed from the CPU. What is for one is in benchmarks/gpu_check.py.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# A shell's job in the background ignores Ctrl-C, and so would every process that is started here to be interrupted.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def golden_huggingface() -> Path:
     """Tiny Hugging Face folders: dense, dense-tied, moe, moe-v5."""
-    return first_existing([folder / "huggingface" for folder in GOLDEN], "golden/huggingface")
+    return HUGGINGFACE
 
 
 @pytest.fixture(scope="session")
 def golden_megatron() -> Path:
-    """What Megatron-Bridge made of those, in several layouts: dense_tp2pp1, moe_tp1pp1ep2, ..."""
-    return first_existing([folder / "megatron" for folder in GOLDEN], "golden/megatron")
+    """What Megatron-Bridge made of those, in seven layouts: dense_tp2pp1, moe_tp1pp1ep2, ..."""
+    return MEGATRON
