@@ -14,6 +14,7 @@ from typing import Any
 import qwen3vl_convert
 from qwen3vl_convert import mappings, verify
 from qwen3vl_convert.cli.app import app
+from qwen3vl_convert.cli.names import ALIASES, HINTS
 from qwen3vl_convert.make import SIZES
 from qwen3vl_convert.mappings import Equation, Mapping, MegatronMappingRegistry, Term, qwen3_vl
 from qwen3vl_convert.megatron.placement import cut_dimension
@@ -33,7 +34,25 @@ def commands() -> str:
     parts = ["# Commands", _NOTE, _paragraphs(group.help)]
     parts.append("Options before the command: " + ", ".join(f"`{p.opts[0]}` ({p.help})" for p in group.params) + "\n")
     parts += [_command(name, command) for name, command in group.commands.items()]
-    return "\n".join(parts)
+    return "\n".join([*parts, _names_of_others()])
+
+
+_NAMES_OF_OTHERS = """## Names that others use
+
+What Megatron-LM, Megatron-Bridge and others call these options works in every command that has them, also with `_`.
+
+| here | also |
+| --- | --- |"""
+_TOLD = "Of these, which have other values or no counterpart, the error says what to do here:"
+
+
+def _names_of_others() -> str:
+    ours: dict[str, list[str]] = {}
+    for name, option in ALIASES.items():
+        ours.setdefault(option, []).append(f"`{name}`")
+    lines = [f"| `{option}` | {', '.join(names)} |" for option, names in ours.items()]
+    told = ", ".join(f"`{name}`" for name in HINTS)
+    return f"{_NAMES_OF_OTHERS}\n" + "\n".join(lines) + f"\n\n{_TOLD}\n{told}.\n"
 
 
 def _command(name: str, command: Any) -> str:
