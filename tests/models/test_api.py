@@ -124,8 +124,8 @@ SIGNATURES = {
     "bridge.Qwen3VLBridge.mapping_registry": (),
     "bridge.Qwen3VLMoEBridge.provider_bridge": ("hf_pretrained",),
     "bridge.Qwen3VLMoEBridge.mapping_registry": (),
-    "bridge.AutoBridge.load_hf_weights": ("model",),
-    "bridge.AutoBridge.export_hf_weights": ("model",),
+    "auto_bridge.AutoBridge.load_hf_weights": ("model",),
+    "auto_bridge.AutoBridge.export_hf_weights": ("model",),
 }  # fmt: skip
 
 

@@ -315,7 +315,7 @@ def test_settings_of_the_published_models(configs: Path, tmp_path: Path, size: s
     """In whatever form the config comes, as a folder or as transformers' object of the installed generation."""
     import transformers
 
-    from qwen3vl_convert.models.bridge import AutoBridge, Qwen3VLBridge, Qwen3VLMoEBridge
+    from qwen3vl_convert.models import AutoBridge, Qwen3VLBridge, Qwen3VLMoEBridge
 
     config = json.loads((configs / f"{size}.config.json").read_text())
     moe = config["model_type"] == "qwen3_vl_moe"
@@ -340,7 +340,7 @@ def test_settings_of_the_published_models(configs: Path, tmp_path: Path, size: s
 @pytest.mark.parametrize("kind", ["dense_tied", "dense_untied", "moe"])
 def test_every_spelling_gives_the_same_settings(configs: Path, kind: str, generation: str) -> None:
     """The same model, written by four generations of transformers."""
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     def provider(generation: str) -> Any:
         path = configs / "variants" / f"cfg_{kind}_{generation}.json"
@@ -355,7 +355,7 @@ def test_every_spelling_gives_the_same_settings(configs: Path, kind: str, genera
 def test_settings_without_transformers(configs: Path, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     config = json.loads((configs / f"{size}.config.json").read_text())
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -366,7 +366,7 @@ def test_settings_without_transformers(configs: Path, size: str, monkeypatch: py
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_dtype_is_that_of_the_tensors(tmp_path: Path, dtype: str) -> None:
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     make_checkpoint(tmp_path / "hf", DENSE, dtype=dtype)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -385,7 +385,7 @@ def test_what_equals_a_class_default_is_a_fact_too(name: str) -> None:
     """transformers leaves it out of the files that it writes; the installed generation's defaults count here."""
     import transformers
 
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     rope: dict[str, Any] = {"rope_type": "default", "mrope_section": [12, 10, 10], "mrope_interleaved": True}
     older = transformers.__version__ < "5"
@@ -406,7 +406,7 @@ def test_the_registry_is_that_of_the_conversion() -> None:
 
 
 def test_what_is_supported(tmp_path: Path) -> None:
-    from qwen3vl_convert.models.bridge import AutoBridge, Qwen3VLBridge
+    from qwen3vl_convert.models import AutoBridge, Qwen3VLBridge
 
     make_checkpoint(tmp_path / "hf", DENSE)
     config = AutoBridge.from_hf_pretrained(tmp_path / "hf").hf_config
