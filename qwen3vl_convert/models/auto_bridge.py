@@ -28,7 +28,7 @@ from qwen3vl_convert.manifest import read_manifest
 from qwen3vl_convert.mappings import MappingRegistry
 from qwen3vl_convert.megatron.checkpoint import iteration_folder, read_megatron
 from qwen3vl_convert.megatron.run_config import read_run_config
-from qwen3vl_convert.models.bridge_arguments import check_arguments, dtype_option
+from qwen3vl_convert.models.bridge_arguments import LOADING, check_arguments, dtype_option
 from qwen3vl_convert.models.launch import once
 from qwen3vl_convert.models.source import Source, read_source
 from qwen3vl_convert.parallel import ParallelLayout
@@ -63,7 +63,7 @@ class AutoBridge:
     @classmethod
     def from_hf_pretrained(cls, path: str | Path, **kwargs: Any) -> "AutoBridge":
         """Of a model folder or a Hub id, at a `revision`; its weights are downloaded when they are read."""
-        check_arguments("from_hf_pretrained", kwargs, ("dtype", "revision", "torch_dtype"))
+        check_arguments("from_hf_pretrained", kwargs, LOADING, ("dtype", "revision", "torch_dtype"))
         bridge = cls(path, revision=kwargs.get("revision"))
         bridge._check_dtype(dtype_option("from_hf_pretrained", kwargs))
         return bridge
@@ -80,7 +80,7 @@ class AutoBridge:
         """Of the sizes that a Megatron checkpoint says of itself, with the tokenizer and processor files of a folder or
         Hub id: for models whose sizes nobody published.
         """
-        check_arguments("from_auto_config", {"trust_remote_code": trust_remote_code})
+        check_arguments("from_auto_config", {"trust_remote_code": trust_remote_code}, LOADING)
         checkpoint = read_megatron(Path(megatron_path))
         checkpoint.dims()  # raises where it says nothing of its sizes
         bridge = cls(Source(checkpoint.config or {}, None, str(checkpoint.config_from)))
@@ -101,7 +101,7 @@ class AutoBridge:
     @classmethod
     def can_handle(cls, path: str | Path, trust_remote_code: bool = False) -> bool:
         """Whether a folder or Hub id has a config that there is a bridge for."""
-        check_arguments("can_handle", {"trust_remote_code": trust_remote_code})
+        check_arguments("can_handle", {"trust_remote_code": trust_remote_code}, LOADING)
         try:
             return cls.supports(read_source(path).config)
         except ConvertError:
@@ -138,7 +138,7 @@ class AutoBridge:
         Of `kwargs`, `revision` and `torch_dtype` (or `dtype`; "auto" keeps each tensor's) have an effect. Under
         torchrun rank 0 does it, and the others wait. Raises as `hf_to_megatron`; then there is no checkpoint.
         """
-        check_arguments("import_ckpt", kwargs, ("dtype", "revision", "torch_dtype"))
+        check_arguments("import_ckpt", kwargs, LOADING, ("dtype", "revision", "torch_dtype"))
         source, dtype = _named(hf_model_id, kwargs.get("revision")), dtype_option("import_ckpt", kwargs)
         run = RunOptions(overwrite=overwrite)
         return once(lambda: hf_to_megatron(source, megatron_path, layout=layout, dtype=dtype, run=run))
@@ -338,7 +338,7 @@ class AutoBridge:
         """
         from qwen3vl_convert.models.checkpointing import load_model
 
-        check_arguments("load_megatron_model", kwargs, ("wrap_with_ddp",))
+        check_arguments("load_megatron_model", kwargs, known=("wrap_with_ddp",))
         if kwargs.get("wrap_with_ddp"):
             raise UsageError("AutoBridge.load_megatron_model: wrap_with_ddp=True: wrap the chunks that it returns.")
         return load_model(self.bridge, self.source, Path(path), iteration, dict(mp_overrides or {}))

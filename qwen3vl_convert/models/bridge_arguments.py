@@ -19,24 +19,27 @@ class WithoutEffect:
     quiet: tuple[Any, ...] = (None,)
 
 
-WITHOUT_EFFECT = {
+LOADING = {
     "attn_implementation": WithoutEffect("no model of transformers is built"),
     "device_map": WithoutEffect("bytes go from file to file, through no device"),
-    "distributed_save": WithoutEffect("rank 0 writes the files", (False,)),
-    "hf_tokenizer_kwargs": WithoutEffect("the tokenizer's files are copied byte for byte, not loaded", (None, {})),
     "low_cpu_mem_usage": WithoutEffect("memory does not grow with the model"),
-    "low_memory_save": WithoutEffect("parameters are written from where they lie, and the model is kept", (False,)),
     "max_memory": WithoutEffect("memory does not grow with the model"),
-    "merge_adapter_weights": WithoutEffect("a model with adapters is refused", (True,)),
     "offload_folder": WithoutEffect("memory does not grow with the model"),
-    "save_every_n_ranks": WithoutEffect("rank 0 writes the files", (1,)),
-    "show_progress": WithoutEffect("nothing is printed", (True, False)),
-    "strict": WithoutEffect("a tensor too few or too many is always an error", (True,)),
     "trust_remote_code": WithoutEffect("no code of a model folder is ever run", (None, False)),
-    "use_cpu_initialization": WithoutEffect("it follows from whether there is a GPU", (None, True, False)),
     "use_safetensors": WithoutEffect("only safetensors are read", (None, True)),
 }
-"""Accepted, and said to have no effect unless the value is a quiet one."""
+"""What `from_hf_pretrained` and `import_ckpt` take and pass on to transformers there."""
+
+LIVE = {
+    "distributed_save": WithoutEffect("rank 0 writes the files", (False,)),
+    "hf_tokenizer_kwargs": WithoutEffect("the tokenizer's files are copied byte for byte, not loaded", (None, {})),
+    "low_memory_save": WithoutEffect("parameters are written from where they lie, and the model is kept", (False,)),
+    "merge_adapter_weights": WithoutEffect("a model with adapters is refused", (True,)),
+    "save_every_n_ranks": WithoutEffect("rank 0 writes the files", (1,)),
+    "strict": WithoutEffect("a tensor too few or too many is always an error", (True,)),
+    "use_cpu_initialization": WithoutEffect("it follows from whether there is a GPU", (None, True, False)),
+}
+"""What methods take that save or load a live model. `show_progress`, of all of them, is about printing: nothing is."""
 
 INSTEAD = {
     "allowed_mismatched_params": "every parameter has to match. Take them out of the model, or load another folder",
@@ -52,7 +55,9 @@ INSTEAD = {
 """Refused where it asks for something: what to do instead."""
 
 
-def check_arguments(method: str, given: Mapping[str, Any], known: tuple[str, ...] = ()) -> None:
+def check_arguments(
+    method: str, given: Mapping[str, Any], idle: Mapping[str, WithoutEffect] = LIVE, known: tuple[str, ...] = ()
+) -> None:
     """Refuse what is unknown or cannot be done, and say in one warning what has no effect; `known` ones have one.
 
     To be called by the method that the user calls, so that the warning points to the user's line.
@@ -60,17 +65,15 @@ def check_arguments(method: str, given: Mapping[str, Any], known: tuple[str, ...
     for name, value in given.items():
         if name in INSTEAD and value not in (None, False):
             raise UsageError(f"AutoBridge.{method}: {name}={value!r} is not taken: {INSTEAD[name]}.")
-        if name not in (*known, *WITHOUT_EFFECT, *INSTEAD):
-            takes = ", ".join((*known, *WITHOUT_EFFECT))
-            raise UsageError(f"AutoBridge.{method}: {name}={value!r} is unknown. Taken are {takes}.")
-    idle = [name for name, value in given.items() if name in WITHOUT_EFFECT and not _quiet(name, value)]
-    if idle:
-        reasons = "; ".join(f"{name}: {WITHOUT_EFFECT[name].why}" for name in idle)
-        warnings.warn(f"AutoBridge.{method}: without effect here: {reasons}.", UserWarning, stacklevel=3)
-
-
-def _quiet(name: str, value: Any) -> bool:
-    return any(value is quiet or value == quiet for quiet in WITHOUT_EFFECT[name].quiet)
+        if name not in (*known, *idle, *INSTEAD):
+            takes = ", ".join((*known, *idle))
+            raise UsageError(f"AutoBridge.{method}: {name}={value!r} is unknown. Expected one of {takes}.")
+    reasons = [
+        f"{name}: {idle[name].why}" for name, value in given.items() if name in idle and value not in idle[name].quiet
+    ]
+    if reasons:
+        text = f"AutoBridge.{method}: without effect here: {'; '.join(reasons)}."
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 _DTYPES = {"auto": "keep", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}

@@ -25,6 +25,7 @@ from qwen3vl_convert.huggingface.hub import resolve
 from qwen3vl_convert.megatron.checkpoint import HF_FOLDER
 from qwen3vl_convert.megatron.target import MegatronOptions, extra_states, run_files
 from qwen3vl_convert.model import EMBEDDING, MegatronModel, open_megatron
+from qwen3vl_convert.models.cut import layout_of, stages_of
 from qwen3vl_convert.models.live import METADATA, OpenedModel, open_live, read_live, unwrapped
 from qwen3vl_convert.models.ranks import everyones, rank, together
 from qwen3vl_convert.models.restore import plan_restoring
@@ -64,21 +65,6 @@ def save_model(
                 _write_beside(opened, live.tensors[EMBEDDING[0]].dtype, source, files, options, place)
                 open_megatron(place)
                 staging.publish(fsync=True)
-
-
-def layout_of(config: Any) -> ParallelLayout:
-    """How a model with this TransformerConfig is cut."""
-    vpp = config.virtual_pipeline_model_parallel_size
-    experts = getattr(config, "num_moe_experts", None)
-    return ParallelLayout(
-        tp=config.tensor_model_parallel_size,
-        pp=config.pipeline_model_parallel_size,
-        vpp=vpp if (vpp or 1) > 1 else None,
-        ep=config.expert_model_parallel_size if experts else 1,
-        etp=(config.expert_tensor_parallel_size or 1) if experts else 1,
-        first_stage_layers=config.num_layers_in_first_pipeline_stage,
-        last_stage_layers=config.num_layers_in_last_pipeline_stage,
-    )
 
 
 def _save_shards(model: Any, opened: OpenedModel, options: MegatronOptions, folder: Path) -> None:
@@ -148,8 +134,7 @@ def load_model(bridge: Any, source: Source, path: Path, iteration: int | str | N
         opened = open_megatron(path, iteration, source.dims)
     with _process_groups():
         provider = _provider(bridge, source, opened, overrides)
-        stages = range(provider.virtual_pipeline_model_parallel_size or 0) or [None]
-        chunks = [provider.provide(vp_stage=stage) for stage in stages]
+        chunks = [provider.provide(vp_stage=stage) for stage in stages_of(provider)]
         _fill(chunks, opened)
     return chunks
 

@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.nn import functional
 
 from qwen3vl_convert.errors import ConfigError
+from qwen3vl_convert.models.distributed import Distributed
 from qwen3vl_convert.models.model import Qwen3VLModel, padded_vocab_size
 from qwen3vl_convert.models.specs import language_layer_spec, uses_transformer_engine
 from qwen3vl_convert.models.text_model import Qwen3VLGPTModel
@@ -33,7 +34,7 @@ def default_vision_config() -> Any:
 
 
 @dataclass
-class _Provider(Qwen3VLTransformerConfig):
+class _Provider(Distributed, Qwen3VLTransformerConfig):
     """What both providers share. Settings stay open until `finalize`; `provide` calls it if nobody did."""
 
     # Megatron-Core has no default for these; those of Megatron-Bridge's Qwen3 provider.

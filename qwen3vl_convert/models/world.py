@@ -120,7 +120,8 @@ def parallel_world(
         _initialize_megatron(world)
         _seed(seed)
         yield world
-        torch.distributed.barrier()  # who leaves first would take the connections of the others with it
+        if torch.distributed.is_initialized():  # unless taken down by hand
+            torch.distributed.barrier()  # who leaves first would take the connections of the others with it
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
