@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         mapping_registry,
         register_mapping,
     )
+    from qwen3vl_convert.models.auto_bridge import AutoBridge
     from qwen3vl_convert.parallel import ParallelLayout
 
 _HOME = {
@@ -49,11 +50,13 @@ _HOME = {
         "mapping_registry",
         "register_mapping",
     ),
+    "models.auto_bridge": ("AutoBridge",),
     "parallel": ("ParallelLayout",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "AutoBridge",
     "AutoMapping",
     "ConcatenatedQKVMapping",
     "ConvertError",

@@ -8,7 +8,7 @@ from qwen3vl_convert.conversion import Conversion, padding_of, said, target_dtyp
 from qwen3vl_convert.dims import CONFIG_FILE, Dims, read_config
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.huggingface.config import config_json, portable_config
-from qwen3vl_convert.huggingface.files import auxiliary_files, has_weights
+from qwen3vl_convert.huggingface.files import auxiliary_files, has_weights, weight_map
 from qwen3vl_convert.huggingface.hub import Resolved
 from qwen3vl_convert.huggingface.target import huggingface_target
 from qwen3vl_convert.huggingface.writer import hub_order
@@ -96,11 +96,11 @@ def _written_experts(option: str, opened: MegatronModel, manifest: dict[str, Any
 
 
 def _split_of(manifest: dict[str, Any], reference: Resolved | None) -> dict[str, str] | None:
-    """How the source was split into files, where that is known and safe to take over."""
+    """How the source was split into files, or else how the model of the config is, where that is safe to take over."""
     options = manifest.get("options")
     split = options.get("shard_of") if isinstance(options, dict) else None
     if not isinstance(split, dict):
-        return None
+        return None if reference is None else weight_map(reference.folder)
     return split if all(isinstance(file, str) and _SHARD.fullmatch(file) for file in split.values()) else None
 
 

@@ -54,6 +54,12 @@ def has_weights(folder: Path) -> bool:
     return any(name.endswith(".safetensors") for name in _visible(folder))
 
 
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """Which file each tensor is in, as the index says, whether the files are there or not; None without an index."""
+    index = folder / INDEX_FILE
+    return _read_index(index) if index.is_file() else None
+
+
 def _visible(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"

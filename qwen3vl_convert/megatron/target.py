@@ -126,25 +126,32 @@ def _chunks(
 
 
 def _objects(parameters: list[Stored], sizes: Sizes, layout: ParallelLayout) -> Iterator[_Item]:
-    """`_extra_state` of every module that has one in Transformer Engine: strict loaders insist on them, None satisfies
-    all.
-    """
+    """`_extra_state` of every module that has one: None satisfies all who insist on them."""
     empty = object_blob([None])
+    for module, shape, offsets, holder in extra_states(parameters, sizes, layout):
+        yield _Item(holder, f"{module}_extra_state/shard_{_dotted(offsets)}_{_dotted(shape)}", None, content=empty)
+
+
+def extra_states(
+    parameters: Iterable[Stored], sizes: Sizes, layout: ParallelLayout
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], int]]:
+    """The modules that have an `_extra_state` in Transformer Engine, which strict loaders insist on: (key up to that
+    word, how many there are along the stacked axes, which of them, the global rank that holds it).
+    """
     for one in parameters:
         name = one.equation.megatron.name
         if not name.endswith(".weight") or ("." + name).endswith(_NO_EXTRA_STATE):
             continue
-        for key, offsets, holder in _extra_states(one, sizes, layout):
-            shape = [sizes[axis] for axis in one.stack]
-            at = f"{_dotted(offsets or (0,))}_{_dotted(shape or [1])}"
-            yield _Item(holder, f"{key.removesuffix('weight')}_extra_state/shard_{at}", None, content=empty)
+        shape = tuple(sizes[axis] for axis in one.stack) or (1,)
+        for key, offsets, holder in _first_holders(one, sizes, layout):
+            yield key.removesuffix("weight"), shape, offsets or (0,), holder
 
 
 def _dotted(numbers: Iterable[int]) -> str:
     return ".".join(str(number) for number in numbers)
 
 
-def _extra_states(one: Stored, sizes: Sizes, layout: ParallelLayout) -> Iterator[tuple[str, tuple[int, ...], int]]:
+def _first_holders(one: Stored, sizes: Sizes, layout: ParallelLayout) -> Iterator[tuple[str, tuple[int, ...], int]]:
     """(key of the weight, index along the stacked axes, global rank) of each object of a module."""
     seen = set()
     for shard in shards(one, sizes, 1, layout):
@@ -210,23 +217,24 @@ def _small_files(
 ) -> dict[str, bytes]:
     """Everything but `.distcp` and `.metadata`."""
     backend: dict[str, object] = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    step = 0 if options.iteration == "release" else int(options.iteration)
-    files = {
-        "latest_checkpointed_iteration.txt": str(options.iteration).encode(),
-        f"{options.folder}/train_state.pt": object_blob(train_state(step)),
-        f"{options.folder}/run_config.yaml": run_config_yaml(
-            dims, sizes, options.layout, _dtype(dtype_of), (options.hf_model_id, options.hf_model_revision)
-        ),
-    }
-    if (
-        options.iteration != "release"
-    ):  # Megatron-Bridge takes its step for the folder's name, before the tracker's word
-        files["latest_train_state.pt"] = object_blob(train_state(step))
+    files = run_files(dims, sizes, dtype_of("language_model.embedding.word_embeddings.weight"), options)
     if options.megatron_core != "0.19":
         backend |= {"common_backend": "torch", "common_backend_version": 1}
         files[f"{options.folder}/common.pt"] = object_blob(state)
     return {**files, f"{options.folder}/metadata.json": json.dumps(backend).encode()}
 
 
-def _dtype(dtype_of: Callable[[str], str]) -> str:
-    return dtype_of("language_model.embedding.word_embeddings.weight")
+def run_files(dims: Dims, sizes: Sizes, dtype: str, options: MegatronOptions) -> dict[str, bytes]:
+    """What trainers want to find beside what Megatron-Core stores: trackers, settings, how far training is."""
+    step = 0 if options.iteration == "release" else int(options.iteration)
+    origin = (options.hf_model_id, options.hf_model_revision)
+    files = {
+        "latest_checkpointed_iteration.txt": str(options.iteration).encode(),
+        f"{options.folder}/train_state.pt": object_blob(train_state(step)),
+        f"{options.folder}/run_config.yaml": run_config_yaml(dims, sizes, options.layout, dtype, origin),
+    }
+    if (
+        options.iteration != "release"
+    ):  # Megatron-Bridge takes its step for the folder's name, before the tracker's word
+        files["latest_train_state.pt"] = object_blob(train_state(step))
+    return files

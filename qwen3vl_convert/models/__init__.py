@@ -21,7 +21,7 @@ _PLACES = {
     "MegatronModelBridge": "bridge",
     "Qwen3VLBridge": "bridge",
     "Qwen3VLMoEBridge": "bridge",
-    "AutoBridge": "bridge",
+    "AutoBridge": "auto_bridge",
     "cpu_for_cuda": "cpu",
     "parallel_world": "world",
     "single_process": "world",

@@ -18,8 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from qwen3vl_convert.config_fields import MODEL_TYPES
-from qwen3vl_convert.errors import ConvertError, UsageError
+from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.huggingface.config import portable_config
 from qwen3vl_convert.mappings import MegatronMappingRegistry, mapping_registry
 from qwen3vl_convert.megatron.run_config import provider_fields
@@ -194,87 +193,6 @@ class Qwen3VLMoEBridge(MegatronModelBridge):
 BRIDGES: dict[str, type[MegatronModelBridge]] = {
     bridge.model_type: bridge for bridge in (Qwen3VLBridge, Qwen3VLMoEBridge)
 }
-
-
-class AutoBridge:
-    """The bridge that a config asks for, under Megatron-Bridge's name for it."""
-
-    def __init__(self, hf: Any, *, revision: str | None = None) -> None:
-        self.source = read_source(hf, revision)
-        self.bridge = BRIDGES[self.source.dims.model_type](self.source)
-
-    @classmethod
-    def from_hf_pretrained(cls, path: str | Path, *, revision: str | None = None) -> "AutoBridge":
-        """Of a model folder or a Hub id; its weights are downloaded when they are read."""
-        return cls(path, revision=revision)
-
-    @classmethod
-    def from_hf_config(cls, config: Any) -> "AutoBridge":
-        """Of transformers' config object or a parsed config.json. It has no weights to load, and can write them."""
-        return cls(config)
-
-    @staticmethod
-    def supports(config: Any) -> bool:
-        """Whether a config is one of a model that there is a bridge for."""
-        found = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
-        return found in MODEL_TYPES
-
-    @classmethod
-    def can_handle(cls, path: str | Path) -> bool:
-        """Whether a folder or Hub id has a config that there is a bridge for."""
-        try:
-            return cls.supports(read_source(path).config)
-        except ConvertError:
-            return False
-
-    @property
-    def hf_config(self) -> dict[str, Any]:
-        """The model's config.json, parsed."""
-        return self.source.config
-
-    def to_megatron_provider(self, load_weights: bool = False, hf_path: str | Path | None = None) -> Any:
-        """The provider, its settings open until `finalize`. With `load_weights` the model that it provides is filled.
-
-        Under a virtual pipeline a chunk alone cannot be: provide all chunks, then `load_hf_weights` them together.
-        """
-        provider = self.bridge.provider_bridge(self.source)
-        if load_weights:
-            provider.provide = _filling(provider, self.bridge, hf_path)
-        return provider
-
-    def mapping_registry(self) -> MegatronMappingRegistry:
-        """As the bridge's."""
-        return self.bridge.mapping_registry()
-
-    def load_hf_weights(
-        self, model: Any, hf_path: str | Path | None = None, *, allow_dtype_cast: bool = False
-    ) -> Loaded:
-        """As the bridge's."""
-        return self.bridge.load_hf_weights(model, hf_path, allow_dtype_cast=allow_dtype_cast)
-
-    def export_hf_weights(self, model: Any, cpu: bool = False, **options: Any) -> Iterator[HFWeightTuple]:
-        """As the bridge's, with its options."""
-        return self.bridge.export_hf_weights(model, cpu, **options)
-
-    def save_hf_pretrained(self, model: Any, folder: str | Path, **options: Any) -> None:
-        """As the bridge's, with its options."""
-        self.bridge.save_hf_pretrained(model, folder, **options)
-
-
-def _filling(provider: Provider, bridge: MegatronModelBridge, hf_path: str | Path | None) -> Any:
-    build = provider.provide
-
-    def provide(*args: Any, **kwargs: Any) -> Any:
-        if (provider.virtual_pipeline_model_parallel_size or 1) > 1:
-            raise UsageError(
-                "load_weights=True fills one model, and a virtual pipeline has several chunks. Provide them all, and "
-                "pass the list to load_hf_weights."
-            )
-        model = build(*args, **kwargs)
-        bridge.load_hf_weights(model, hf_path)
-        return model
-
-    return provide
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

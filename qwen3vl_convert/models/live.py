@@ -49,7 +49,7 @@ from qwen3vl_convert.storage import DTYPES, WEIGHT_DTYPES, Chunk, StoredTensor
 
 WHERE = Path("the live model")
 PIECE_BYTES = 8 << 20
-_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 """How today's trainers have Megatron-Core name what it stores."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 JobsByBox = dict[tuple[str, tuple[int, ...], tuple[int, ...]], Job]
@@ -162,7 +162,7 @@ def parameter_shards(chunks: Iterable[Any]) -> Iterator[tuple[Tensor, Shard]]:
             f"single_process() or parallel_world(...)."
         )
     for chunk in chunks:
-        for value in nested_values(chunk.sharded_state_dict(prefix="", metadata=dict(_METADATA))):
+        for value in nested_values(chunk.sharded_state_dict(prefix="", metadata=dict(METADATA))):
             # gate and up of a SwiGLU are one parameter and two chunks
             parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else (value,)
             for part in parts:

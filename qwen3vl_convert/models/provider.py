@@ -18,6 +18,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.nn import functional
 
 from qwen3vl_convert.errors import ConfigError
+from qwen3vl_convert.models.distributed import Distributed
 from qwen3vl_convert.models.model import Qwen3VLModel, padded_vocab_size
 from qwen3vl_convert.models.specs import language_layer_spec, uses_transformer_engine
 from qwen3vl_convert.models.text_model import Qwen3VLGPTModel
@@ -38,7 +39,7 @@ def default_vision_config() -> Any:
 
 
 @dataclass
-class Qwen3ModelProvider(Qwen3VLTransformerConfig):
+class Qwen3ModelProvider(Distributed, Qwen3VLTransformerConfig):
     """Settings of the text model, which `provide` builds by itself. By default those of the 8B.
 
     Settings stay open until `finalize`; `provide` calls it if nobody did.

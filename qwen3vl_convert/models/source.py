@@ -1,13 +1,12 @@
 """What a bridge is made of: a Hugging Face model, by its folder, its Hub id or its config alone."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from qwen3vl_convert.dims import CONFIG_FILE, Dims, read_config
 from qwen3vl_convert.errors import ConfigError, UsageError
@@ -76,8 +75,14 @@ def read_source(hf: Any, revision: str | None = None) -> Source:
         # All of it: what equals a class default is a fact too, and transformers' generations differ in defaults.
         return Source(json.loads(hf.to_json_string(use_diff=False)), None, f"the given {type(hf).__name__}", parsed=hf)
     if hasattr(hf, "config"):
-        name = None if isinstance(hf, torch.nn.Module) else getattr(hf, "model_name_or_path", None)
+        name = None if _is_module(hf) else getattr(hf, "model_name_or_path", None)
         return replace(read_source(hf.config), name=name)
     raise UsageError(
         f"{type(hf).__name__}: expected a model folder, a Hub id, a config of transformers or a parsed config.json."
     )
+
+
+def _is_module(hf: Any) -> bool:
+    """Who has not imported torch has no module of it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(hf, torch.nn.Module)

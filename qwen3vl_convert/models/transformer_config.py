@@ -124,6 +124,12 @@ def get_vision_model_config(vision_config: Any, megatron_config: Qwen3VLTransfor
     return config
 
 
+def plain_config(settings: Any) -> TransformerConfig:
+    """Megatron-Core's own configuration of the settings of a provider, which are checked first."""
+    settings.finalize()
+    return TransformerConfig(**{one.name: getattr(settings, one.name) for one in fields(TransformerConfig) if one.init})
+
+
 def parameter_device(config: TransformerConfig) -> Any:
     """Where modules of torch's own make their parameters: where Megatron-Core makes its own."""
     return None if config.use_cpu_initialization else torch.cuda.current_device()

@@ -19,9 +19,9 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.models.cpu import cpu_for_cuda
+from qwen3vl_convert.models.launch import LAUNCHED, launched
 from qwen3vl_convert.parallel import ParallelLayout
 
-_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SEED_STEP = 100
 """Between pipeline stages, as Megatron-LM has it: their layers start from different random weights."""
 
@@ -120,7 +120,8 @@ def parallel_world(
         _initialize_megatron(world)
         _seed(seed)
         yield world
-        torch.distributed.barrier()  # who leaves first would take the connections of the others with it
+        if torch.distributed.is_initialized():  # unless taken down by hand
+            torch.distributed.barrier()  # who leaves first would take the connections of the others with it
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def _world(layout: ParallelLayout, cp: int, rank: int | None, size: int | None) 
     if (rank is None) != (size is None):
         raise UsageError(f"rank={rank}, world_size={size}: expected both, or neither to take what torchrun says.")
     if rank is None or size is None:
-        rank, size = (int(os.environ[name]) for name in _LAUNCHED[:2]) if _launched() else (0, 1)
+        rank, size = (int(os.environ[name]) for name in LAUNCHED[:2]) if launched() else (0, 1)
     if cp < 1:
         raise UsageError(f"cp={cp}: expected 1 or more.")
     unit = layout.pp * math.lcm(layout.tp * cp, layout.ep * layout.etp)
@@ -142,10 +143,6 @@ def _world(layout: ParallelLayout, cp: int, rank: int | None, size: int | None) 
     if not 0 <= rank < size:
         raise UsageError(f"rank={rank}: expected 0 to {size - 1}, as there are {size} processes.")
     return World(layout, cp, rank, size)
-
-
-def _launched() -> bool:
-    return all(name in os.environ for name in _LAUNCHED)
 
 
 def _check_unused() -> None:
@@ -162,7 +159,7 @@ def _meeting(world: World, store: Path | None) -> dict[str, Any]:
         return {"store": torch.distributed.HashStore()}  # type: ignore[attr-defined]
     if store is not None:
         return {"store": torch.distributed.FileStore(str(store), world.size)}  # type: ignore[attr-defined]
-    if _launched():
+    if launched():
         return {"init_method": "env://"}
     raise UsageError(
         f"world_size={world.size}: expected a place where the processes meet, found none. Start them with "

@@ -38,7 +38,7 @@ class Case:
 
 def build(world: Any, case: Case, bridge: Any = None) -> list[Any]:
     """This rank's part, a model or one per virtual stage, with NaN in every weight."""
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     provider = (bridge or AutoBridge.from_hf_pretrained(case.folder)).to_megatron_provider()
     for name, value in (world.settings() | case.settings).items():
@@ -102,7 +102,7 @@ class Trip:
 
 def round_trip(world: Any, case: Case) -> Trip:
     """In, compared with two judges; out, streamed and as a folder."""
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     bridge = AutoBridge.from_hf_pretrained(case.folder)
     chunks = build(world, case, bridge)
@@ -165,8 +165,8 @@ def said(step: Callable[[], object]) -> tuple[str, str]:
 def failures(world: Any, case: Case) -> dict[str, tuple[str, str]]:
     """What goes wrong on one rank is raised on both, and leaves nothing behind."""
     from qwen3vl_convert.errors import OutputError
+    from qwen3vl_convert.models import AutoBridge
     from qwen3vl_convert.models import saving as module
-    from qwen3vl_convert.models.bridge import AutoBridge
     from qwen3vl_convert.models.live import Export
 
     first = torch.distributed.get_rank() == 0
@@ -220,7 +220,7 @@ def failures(world: Any, case: Case) -> dict[str, tuple[str, str]]:
 
 def half_a_model(world: Any, case: Case) -> list[tuple[str, str]]:
     """The first virtual stage of each rank without the second."""
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     bridge = AutoBridge.from_hf_pretrained(case.folder)
     chunks = build(world, case, bridge)
@@ -229,7 +229,7 @@ def half_a_model(world: Any, case: Case) -> list[tuple[str, str]]:
 
 def expert_mappings(world: Any, case: Case) -> int:
     """Both methods of the document on the modules of a live model: this rank's part in, the whole out, every expert."""
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     bridge = AutoBridge.from_hf_pretrained(case.folder)
     model = build(world, case, bridge)[0]
@@ -262,7 +262,7 @@ def opened(bridge: Any) -> Any:
 
 def refusals(world: Any, case: Case) -> dict[str, tuple[str, str]]:
     """What a load does with tensors that are missing, too many or of another shape; no parameter may be touched."""
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     def load(folder: Path = case.folder, **options: Any) -> tuple[str, str]:
         return said(lambda: AutoBridge.from_hf_pretrained(folder).load_hf_weights(model, **options))
@@ -301,7 +301,7 @@ def refusals(world: Any, case: Case) -> dict[str, tuple[str, str]]:
 
 def wider(world: Any, case: Case) -> dict[str, Any]:
     """A bfloat16 folder in a float32 model: in exactly, out as the source or as it is."""
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     bridge = AutoBridge.from_hf_pretrained(case.folder)
     model = build(world, case, bridge)[0]
@@ -321,7 +321,7 @@ def wider(world: Any, case: Case) -> dict[str, Any]:
 
 def narrower(world: Any, case: Case) -> dict[str, Any]:
     """A float32 folder in a bfloat16 model: refused, or rounded when that is asked for."""
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     bridge = AutoBridge.from_hf_pretrained(case.folder)
     model = build(world, case, bridge)[0]
@@ -336,7 +336,7 @@ def narrower(world: Any, case: Case) -> dict[str, Any]:
 
 def other_layouts(world: Any, case: Case) -> None:
     """Experts in every layout that can be written, from a model that was filled from the hub's; and in small pieces."""
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
     from qwen3vl_convert.models.live import load_weights
 
     bridge = AutoBridge.from_hf_pretrained(case.folder)
@@ -358,7 +358,7 @@ def other_layouts(world: Any, case: Case) -> None:
 
 def from_config_alone(world: Any, case: Case) -> None:
     """A model that has never had weights of a folder is written for transformers, and read back by a bridge."""
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     bridge = AutoBridge.from_hf_config(AutoBridge.from_hf_pretrained(case.folder).hf_config)
     model = build(world, case, bridge)[0]
@@ -378,7 +378,7 @@ def wrapped(world: Any, case: Case) -> None:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer.module import Float16Module
 
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     bridge = AutoBridge.from_hf_pretrained(case.folder)
     model = build(world, case, bridge)[0]

@@ -88,7 +88,7 @@ def test_a_base_makes_no_bridge() -> None:
 @pytest.mark.parametrize("method", ["load_hf_weights", "export_hf_weights"])
 def test_auto_bridge_takes_a_model_alone(method: str) -> None:
     """The document's example makes one and says no more of it."""
-    first, *more = list(inspect.signature(named(f"bridge.AutoBridge.{method}")).parameters.values())[1:]
+    first, *more = list(inspect.signature(named(f"auto_bridge.AutoBridge.{method}")).parameters.values())[1:]
     assert (first.name, first.default) == ("model", first.empty)
     assert all(one.default is not one.empty or one.kind is one.VAR_KEYWORD for one in more)
 

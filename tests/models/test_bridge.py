@@ -311,7 +311,7 @@ def test_settings_of_the_published_models(tmp_path: Path, size: str, given: str)
     """In whatever form the config comes, as a folder or as transformers' object of the installed generation."""
     import transformers
 
-    from qwen3vl_convert.models.bridge import AutoBridge, Qwen3VLBridge, Qwen3VLMoEBridge
+    from qwen3vl_convert.models import AutoBridge, Qwen3VLBridge, Qwen3VLMoEBridge
 
     config = json.loads((CONFIGS / f"{size}.config.json").read_text())
     moe = config["model_type"] == "qwen3_vl_moe"
@@ -336,7 +336,7 @@ def test_settings_of_the_published_models(tmp_path: Path, size: str, given: str)
 @pytest.mark.parametrize("kind", ["dense_tied", "dense_untied", "moe"])
 def test_every_spelling_gives_the_same_settings(kind: str, generation: str) -> None:
     """The same model, written by four generations of transformers."""
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     def provider(generation: str) -> Any:
         path = CONFIGS / "variants" / f"cfg_{kind}_{generation}.json"
@@ -351,7 +351,7 @@ def test_every_spelling_gives_the_same_settings(kind: str, generation: str) -> N
 def test_settings_without_transformers(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     config = json.loads((CONFIGS / f"{size}.config.json").read_text())
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -362,7 +362,7 @@ def test_settings_without_transformers(size: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_dtype_is_that_of_the_tensors(tmp_path: Path, dtype: str) -> None:
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     make_checkpoint(tmp_path / "hf", DENSE, dtype=dtype)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -381,7 +381,7 @@ def test_what_equals_a_class_default_is_a_fact_too(name: str) -> None:
     """transformers leaves it out of the files that it writes; the installed generation's defaults count here."""
     import transformers
 
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     rope: dict[str, Any] = {"rope_type": "default", "mrope_section": [12, 10, 10], "mrope_interleaved": True}
     older = transformers.__version__ < "5"
@@ -402,7 +402,7 @@ def test_the_registry_is_that_of_the_conversion() -> None:
 
 
 def test_what_is_supported(tmp_path: Path) -> None:
-    from qwen3vl_convert.models.bridge import AutoBridge, Qwen3VLBridge
+    from qwen3vl_convert.models import AutoBridge, Qwen3VLBridge
 
     make_checkpoint(tmp_path / "hf", DENSE)
     config = AutoBridge.from_hf_pretrained(tmp_path / "hf").hf_config
