@@ -106,7 +106,7 @@ def test_run_config_says_what_theirs_says(done: Path, theirs: Path) -> None:
         for f in (done / "megatron", theirs)
     )
     different = {key: (value, golden.get(key)) for key, value in ours.items() if golden.get(key) != value}
-    expected = {
+    expected: dict[str, tuple[Any, Any]] = {
         # Theirs is null until the process groups are known.
         "model.pipeline_dtype._call_": (False, None),
         "model.pipeline_dtype._target_": ("torch.bfloat16", None),
