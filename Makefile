@@ -42,7 +42,7 @@ help:  ## this list
 	$(call say,Setting up .venv-3.12: the same for Python 3.12 with the newest megatron-core)
 	@$(PYTHON312) -m venv .venv-3.12
 	@.venv-3.12/$(PIP_INSTALL) -c constraints.txt torch
-	@.venv-3.12/$(PIP_INSTALL) -c constraints.txt -e '.[test,megatron,transformers]'
+	@.venv-3.12/$(PIP_INSTALL) -c constraints.txt -e '.[test,megatron,transformers]' torchvision av
 	@touch $@
 
 # Its own transformers, and from .venv all that it has not got itself.
@@ -82,12 +82,12 @@ test: setup  ## all tests, on Python 3.11+ with the megatron-core that it takes
 	$(call say,Testing with $$(.venv/bin/python -V) and everything in constraints.txt)
 	@.venv/$(PYTEST) $(PYTEST_ARGS)
 
-test-newest: setup-newest  ## the tests marked `megatron`, on Python 3.12 with the newest megatron-core
+test-newest: setup-newest  ## the tests marked `megatron` or `torchvision`, on Python 3.12 with the newest of both
 ifeq ($(strip $(PYTHON312)),)
 	$(call say,Skipped: no Python 3.12 here and megatron-core 0.19 needs it; say where with make PYTHON312=...)
 else
-	$(call say,Testing what is marked megatron with $$(.venv-3.12/bin/python -V) and the newest megatron-core)
-	@.venv-3.12/$(PYTEST) -m "megatron and not slow" $(PYTEST_ARGS)
+	$(call say,Testing what is marked megatron or torchvision with $$(.venv-3.12/bin/python -V) and the newest of both)
+	@.venv-3.12/$(PYTEST) -m "(megatron or torchvision) and not slow" $(PYTEST_ARGS)
 endif
 
 test-oldest-transformers: setup-oldest-transformers  ## the tests marked `transformers`, on its oldest supported release

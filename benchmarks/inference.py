@@ -12,14 +12,18 @@ key and value once.
 import argparse
 import gc
 import statistics
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.huggingface.config import rebuild_config
@@ -55,6 +59,35 @@ class Rates:
     step: float
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One line of the table. `graphs`: how many CUDA graphs were captured; `share`: of the bandwidth that a copy has,
+    on a GPU.
+    """
+
+    model: str
+    shape: Shape
+    graphs: int
+    ours: Rates
+    theirs: Rates
+    share: float | None
+
+    def cells(self) -> tuple[str, ...]:
+        prefilled, ours, other = self.shape.batch * self.shape.prompt, self.ours, self.theirs
+        return (
+            self.model,
+            str(self.shape.batch),
+            str(self.graphs) if self.share is not None else "-",
+            f"{prefilled / ours.prefill:.0f}",
+            f"{prefilled / other.prefill:.0f}",
+            f"{other.prefill / ours.prefill:.2f}",
+            f"{self.shape.batch / ours.step:.1f}",
+            f"{self.shape.batch / other.step:.1f}",
+            f"{other.step / ours.step:.2f}",
+            "" if self.share is None else f"{self.share:.0%}",
+        )
+
+
 def cut(size: str, layers: int | None) -> Dims:
     """The text model of a size with fewer layers; of the vision tower, which is not run, one block."""
     dims = replace(SIZES[size], vision_depth=1, deepstack=(0,))
@@ -75,6 +108,7 @@ def engine_of(dims: Dims, device: torch.device, dtype: torch.dtype, shape: Shape
         max_step_tokens=max(2048, shape.batch * shape.prompt),
         context_length=shape.prompt + shape.tokens + 32,
         prefix_cache=False,
+        cuda_graphs=device.type == "cuda" and model.capturable,  # insisted on: without it would be another measurement
     )
     return Engine(model, options)
 
@@ -148,7 +182,8 @@ def rates(runs: dict[str, Run], vocab: int, shape: Shape, repeat: int, sync: Cal
     for turn in range(repeat + 1):
         for name, run in runs.items():
             generator = torch.Generator().manual_seed(turn)
-            prompts = torch.randint(1000, vocab - 1000, (shape.batch, shape.prompt), generator=generator).tolist()
+            special = min(1000, vocab // 4)  # tokens with a meaning of their own are at both ends
+            prompts = torch.randint(special, vocab - special, (shape.batch, shape.prompt), generator=generator).tolist()
             sync()
             began = time.perf_counter()
             first = run(prompts, 1 + shape.tokens)
@@ -197,37 +232,31 @@ def bytes_per_step(dims: Dims, dtype: torch.dtype, shape: Shape) -> float:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def measure(size: str, layers: int | None, shape: Shape, options: argparse.Namespace) -> str:
-    device, dtype, dims = torch.device(options.device), _DTYPES[options.dtype], cut(size, layers)
+def measure(size: str, layers: int | None, shape: Shape, where: str, precision: str, repeat: int) -> Measured:
+    """Raises RuntimeError if a CUDA graph cannot be captured."""
+    device, dtype, dims = torch.device(where), _DTYPES[precision], cut(size, layers)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     engine, theirs = engine_of(dims, device, dtype, shape), transformers_of(dims, device, dtype)
     runs = {
         "ours": lambda prompts, tokens: run_ours(engine, prompts, tokens),
         "theirs": lambda prompts, tokens: run_theirs(theirs, prompts, tokens),
     }
-    found = rates(runs, dims.vocab, shape, options.repeat, sync)
-    ours, other = found["ours"], found["theirs"]
-    share = ""
+    found = rates(runs, dims.vocab, shape, repeat, sync)
+    share = None
     if device.type == "cuda":
-        share = f"{bytes_per_step(dims, dtype, shape) / ours.step / bandwidth(device):.0%}"
-    prefilled = shape.batch * shape.prompt
-    cells = (
-        f"{size}, {dims.layers} layers",
-        str(shape.batch),
-        f"{prefilled / ours.prefill:.0f}",
-        f"{prefilled / other.prefill:.0f}",
-        f"{other.prefill / ours.prefill:.2f}",
-        f"{shape.batch / ours.step:.1f}",
-        f"{shape.batch / other.step:.1f}",
-        f"{other.step / ours.step:.2f}",
-        share,
-    )
+        share = bytes_per_step(dims, dtype, shape) / found["ours"].step / bandwidth(device)
+    graphs = engine._runner.graphs
+    captured = 0 if graphs is None else len(graphs.captured)
+    return Measured(f"{size}, {dims.layers} layers", shape, captured, found["ours"], found["theirs"], share)
+
+
+def line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-HEADER = (
-    "| model | batch | prefill, tokens/s | transformers | ratio | decode, tokens/s | transformers | ratio | "
-    "bandwidth |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+HEAD = (
+    *("model", "batch", "CUDA graphs", "prefill, tokens/s", "transformers", "ratio"),
+    *("decode, tokens/s", "transformers", "ratio", "bandwidth"),
 )
 
 
@@ -246,11 +275,12 @@ def main() -> None:
     if options.sizes:
         sizes = {one.partition(":")[0]: int(one.partition(":")[2] or 0) or None for one in options.sizes}
     warnings.simplefilter("ignore")
-    warnings.simplefilter("error", RuntimeWarning)  # graphs that could not be captured are another measurement
-    print(HEADER, flush=True)
+    print(line(HEAD), line(["---"] * len(HEAD)), sep="\n", flush=True)
     for size, layers in sizes.items():
         for batch in options.batches or batches:
-            print(measure(size, layers, Shape(batch, options.prompt, options.tokens), options), flush=True)
+            shape = Shape(batch, options.prompt, options.tokens)
+            found = measure(size, layers, shape, options.device, options.dtype, options.repeat)
+            print(line(found.cells()), flush=True)
             gc.collect()
 
 

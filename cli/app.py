@@ -1,23 +1,35 @@
 """The command line: one line per command."""
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from qwen3vl_convert.cli import chat, console, convert, diff, generate, look, verify
+from qwen3vl_convert.cli import chat, console, convert, diff, generate, look, names, verify
+from qwen3vl_convert.installed import NOT_INSTALLED, PROGRAM, program_version
 
 app = typer.Typer(
-    name="qwen3vl-convert",
+    name=PROGRAM,
+    cls=names.Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        found = program_version()
+        print(f"{PROGRAM} {found}" + (", a checkout that is not installed" if found == NOT_INSTALLED else ""))
+        raise typer.Exit
+
+
 @app.callback()
 def _all(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", is_eager=True, callback=_say_version)
+    ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the program an error arose.")] = False,
 ) -> None:
     """Qwen3-VL checkpoints between Hugging Face and Megatron: proven, at the speed of a copy.
@@ -28,17 +40,21 @@ def _all(
     console.show_traceback = traceback
 
 
-app.command("hf-to-megatron")(console.guarded(convert.hf_to_megatron))
-app.command("megatron-to-hf")(console.guarded(convert.megatron_to_hf))
-app.command("plan")(console.guarded(convert.plan))
-app.command("verify")(console.guarded(verify.verify))
-app.command("diff")(console.guarded(diff.diff))
-app.command("roundtrip")(console.guarded(verify.roundtrip))
-app.command("inspect")(console.guarded(look.inspect))
-app.command("explain")(console.guarded(look.explain))
-app.command("generate")(console.guarded(generate.generate))
-app.command("chat")(console.guarded(chat.chat))
-app.command("make-checkpoint")(console.guarded(look.make_checkpoint))
+COMMANDS: dict[str, Callable[..., None]] = {
+    "hf-to-megatron": convert.hf_to_megatron,
+    "megatron-to-hf": convert.megatron_to_hf,
+    "plan": convert.plan,
+    "verify": verify.verify,
+    "diff": diff.diff,
+    "roundtrip": verify.roundtrip,
+    "inspect": look.inspect,
+    "explain": look.explain,
+    "generate": generate.generate,
+    "chat": chat.chat,
+    "make-checkpoint": look.make_checkpoint,
+}
+for name, function in COMMANDS.items():
+    app.command(name, cls=names.Command)(console.guarded(function))
 
 
 def main() -> None:
@@ -46,7 +62,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     if "--traceback" in arguments:
         arguments = ["--traceback", *(a for a in arguments if a != "--traceback")]
-    app(arguments)
+    app(arguments, prog_name=PROGRAM)
 
 
 if __name__ == "__main__":

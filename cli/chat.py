@@ -29,6 +29,7 @@ from qwen3vl_convert.cli.speaker import (
     waiting,
 )
 from qwen3vl_convert.errors import ConvertError, InputError, UsageError
+from qwen3vl_convert.installed import need
 
 if TYPE_CHECKING:
     from qwen3vl_convert.inference import Engine
@@ -68,9 +69,11 @@ def chat(
     In it: /image FILE, /video FILE, /reset, /help, /exit. Ctrl-C stops an answer, Ctrl-D ends. Without a terminal each
     line of stdin is a message.
     """
-    sampling = Sampling(temperature, top_p, top_k, seed)
-    choice = ModelChoice(checkpoint, config, parse_iteration(iteration), device, dtype, quantization)
-    processing = choice.processing()
+    need("chat", "torch", "transformers")
+    with waiting("importing torch and transformers", quiet):
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        choice = ModelChoice(checkpoint, config, parse_iteration(iteration), device, dtype, quantization)
+        processing = choice.processing()
     if processing.template is None:
         raise InputError(
             f"{processing.folder}: expected a chat template (chat_template.jinja, chat_template.json, or in "

@@ -4,15 +4,22 @@ import functools
 import json
 import math
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
 from qwen3vl_convert.errors import ConvertError
+from qwen3vl_convert.installed import named
+from qwen3vl_convert.progress import STEP, Report
+from qwen3vl_convert.quantities import duration, share, size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn, TaskID
 
 P = ParamSpec("P")
 
@@ -31,7 +38,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with named(command.__name__.replace("_", "-")):
+                command(*args, **kwargs)
         except (ConvertError, OSError, KeyboardInterrupt) as error:
             if show_traceback:
                 traceback.print_exception(error)
@@ -80,8 +88,8 @@ class Console:
                 print(f"note: {note}", file=sys.stderr)
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A report function: a bar on a terminal, a line now and then elsewhere, nothing with `--quiet`."""
+    def progress(self) -> Iterator[Report]:
+        """A report function: bars on a terminal, a line now and then elsewhere, nothing with `--quiet`."""
         if self.quiet:
             yield lambda stage, done, total: None
         elif sys.stderr.isatty():
@@ -100,46 +108,99 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+_HEADING, _MEASURED, _WAITING = "heading", "measured", "waiting"
+"""Kinds of lines of progress: the step of several to which the lines below it belong, what is measured in bytes, and
+what no number measures.
+"""
+
+
 @contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
+def _bar() -> Iterator[Report]:
+    """A line for each stage: a bar of what is done, or, where no number measures it, one that moves, and the time."""
     from rich.console import Console as Rich
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
+    from rich.progress import Progress
+
+    with Progress(*_columns(), console=Rich(stderr=True)) as progress:
+        bars = _Bars(progress)
+        yield bars.report
+        bars.end_waiting()
+
+
+def _columns() -> "tuple[ProgressColumn, ...]":
+    from rich import progress as of
+    from rich.table import Column
+    from rich.text import Text
+
+    class ByKind(of.ProgressColumn):
+        """What another column shows in a line, by its kind; nothing for other kinds, and never in two lines."""
+
+        def __init__(self, shrinks: bool = False, **columns: of.ProgressColumn) -> None:
+            super().__init__(Column(no_wrap=not shrinks))
+            self.columns = columns
+
+        def render(self, task: of.Task) -> Any:
+            column = self.columns.get(task.fields["kind"])
+            return Text("") if column is None else column.render(task)
+
+    bar = of.BarColumn(20)
+    return (
+        of.TextColumn("{task.description:8}", table_column=Column(no_wrap=True)),
+        ByKind(shrinks=True, measured=bar, waiting=bar),
+        ByKind(measured=of.DownloadColumn()),
+        ByKind(measured=of.TransferSpeedColumn()),
+        ByKind(measured=of.TimeRemainingColumn(compact=True), waiting=of.TimeElapsedColumn()),
     )
 
-    columns = (
-        TextColumn("{task.description:8}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Rich(stderr=True)) as progress:
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done)
+class _Bars:
+    """The lines of progress on a terminal. Stages of a step stand below its name."""
 
-        yield report
+    def __init__(self, progress: "Progress") -> None:
+        self.progress = progress
+        self.tasks: dict[str, TaskID] = {}
+        self.waiting: list[TaskID] = []
+        self.lock = threading.Lock()
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """What `Report` says; called by many threads."""
+        with self.lock:
+            if not (known := stage in self.tasks):
+                self.tasks[stage] = self._line(stage, total)
+            if total:
+                self.progress.update(self.tasks[stage], completed=done)
+            elif not known:
+                self.waiting.append(self.tasks[stage])
+
+    def _line(self, stage: str, total: int) -> "TaskID":
+        self.end_waiting()
+        step, colon, rest = stage.partition(STEP)
+        if not colon:
+            return self.progress.add_task(stage, total=total or None, kind=_MEASURED if total else _WAITING)
+        if step not in self.tasks:
+            self.tasks[step] = self.progress.add_task(step, total=1, completed=1, kind=_HEADING)
+        kind = _MEASURED if total else _WAITING
+        return self.progress.add_task(f"  {rest}", total=total or None, kind=kind)
+
+    def end_waiting(self) -> None:
+        """What no number measures is over when the next begins."""
+        for task in self.waiting:
+            self.progress.update(task, total=1, completed=1)
+        self.waiting.clear()
 
 
-def _lines() -> Callable[[str, int, int], None]:
+def _lines() -> Report:
+    """A line when something begins that no number measures, and now and then about what is measured."""
     last = began = time.monotonic()
 
     def report(stage: str, done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= _LINE_EVERY:
+        if not total:
+            print(f"{stage} ...", file=sys.stderr, flush=True)
+        elif now - last >= _LINE_EVERY:
             last = now
-            print(f"{stage}: {done / max(total, 1):.0%} of {size(total)} after {now - began:.0f} s", file=sys.stderr)
+            said = f"{stage}: {share(done / total, 0)} of {size(total)} after {duration(now - began)}"
+            print(said, file=sys.stderr, flush=True)
 
     return report
 
@@ -157,12 +218,3 @@ def table(title: str, rows: Iterable[tuple[str, ...]], header: tuple[str, ...] =
     for row in known:
         made.add_row(*row)
     Rich(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(made)
-
-
-def size(nbytes: float) -> str:
-    """`4.26 GB`; decimal units, as disks and the Hub count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwen3vl_convert.cli.console import Console, size, table
+from qwen3vl_convert.cli.console import Console, table
 from qwen3vl_convert.cli.options import (
     DryRun,
     Dtype,
@@ -34,6 +34,7 @@ from qwen3vl_convert.cli.options import (
     parse_iteration,
 )
 from qwen3vl_convert.errors import UnsupportedFormat, UsageError
+from qwen3vl_convert.quantities import amount, duration, size, speed
 
 if TYPE_CHECKING:
     from qwen3vl_convert.convert import Result, RunOptions
@@ -229,16 +230,21 @@ def _model(result: "Result", layout: str) -> str:
 
 def _summary(result: "Result", layout: str) -> None:
     seconds = sum(result.seconds.values())
-    moving = result.seconds.get("fill", 0.0) or 1e-9
-    stages = ", ".join(f"{stage} {time:.2f} s" for stage, time in result.seconds.items() if time >= 0.005)
+    stages = ", ".join(f"{stage} {duration(time)}" for stage, time in result.seconds.items() if time >= 0.005)
     rows = [
         ("model", _model(result, layout)),
-        ("tensors", f"{result.tensors} in {len(result.files)} files, {size(result.total_bytes)}"),
-        ("time", f"{seconds:.2f} s ({stages}); {size(result.data_bytes / moving)}/s while filling"),
+        ("tensors", f"{result.tensors:,} in {amount(len(result.files), 'file')}, {size(result.total_bytes)}"),
+        ("time", f"{duration(seconds)} ({stages}){_filling(result)}"),
         ("proof", "every element read once and written once; every chunk read back and its checksum compared"),
         ("target", result.target),
     ]
     table(f"{result.direction}: {result.source}", rows)
+
+
+def _filling(result: "Result") -> str:
+    """How fast, where anything was filled."""
+    moving = result.seconds.get("fill", 0.0)
+    return f"; {speed(result.data_bytes, moving)} while filling" if moving else ""
 
 
 def _ranks(result: "Result") -> list[tuple[str, str]]:
@@ -246,7 +252,7 @@ def _ranks(result: "Result") -> list[tuple[str, str]]:
     held = result.rank_bytes
     if not held:
         return []
-    most = f"{size(max(held))} of weights on each of {len(held)} ranks"
+    most = f"{size(max(held))} of weights on each of {amount(len(held), 'rank')}"
     if min(held) == max(held):
         return [("ranks", most)]
     shown = ", ".join(f"{rank}: {size(nbytes)}" for rank, nbytes in enumerate(held[:16]))
@@ -259,7 +265,7 @@ def _plan_tables(result: "Result", layout: str) -> None:
         f"{result.direction}: {result.source} (a plan; nothing was written)",
         [
             ("model", _model(result, layout)),
-            ("tensors", f"{result.tensors}, {size(result.data_bytes)} of data; every element accounted for once"),
+            ("tensors", f"{result.tensors:,}, {size(result.data_bytes)} of data; every element accounted for once"),
             ("memory", f"at most {size(result.buffer_bytes)} of buffers"),
             *_ranks(result),
             ("disk", f"{size(result.total_bytes)} needed, {size(result.free_bytes)} free"),

@@ -20,6 +20,7 @@ from qwen3vl_convert.cli.speaker import (
     TopK,
     TopP,
     answer,
+    check_prompt,
     printable,
     rate,
     room_for,
@@ -28,6 +29,7 @@ from qwen3vl_convert.cli.speaker import (
     waiting,
 )
 from qwen3vl_convert.errors import UsageError
+from qwen3vl_convert.installed import need
 
 if TYPE_CHECKING:
     from qwen3vl_convert.inference import Completion
@@ -75,10 +77,14 @@ def generate(
     """
     if stream and json:
         raise UsageError("--stream and --json: one object cannot come in pieces. Leave one of them out.")
-    sampling = Sampling(temperature, top_p, top_k, seed)
-    choice = ModelChoice(checkpoint, config, parse_iteration(iteration), device, dtype, quantization)
-    processing, asked = _prompt(choice, prompt, token_ids, tuple(image or ()), tuple(video or ()), raw, system)
+    need("generate", "torch", *(() if token_ids is not None else ("transformers",)))
+    with waiting("importing torch and transformers", quiet or prompt == "-"):
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        choice = ModelChoice(checkpoint, config, parse_iteration(iteration), device, dtype, quantization)
+        processing, asked = _prompt(choice, prompt, token_ids, tuple(image or ()), tuple(video or ()), raw, system)
     sink, recommended = Console(json, quiet), processing.sampling if processing else {}
+    sampling.parameters(recommended, 1 if max_new_tokens is None else max_new_tokens)
+    check_prompt(choice.dims(), asked.token_ids, max_new_tokens)
     sink.notes((*asked.notes, *sampling.notes(recommended)))
     with waiting(f"loading {checkpoint}", quiet):
         engine = choice.engine(processing, sink.notes)

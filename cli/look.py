@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen3vl_convert.cli.console import Console, size, table
+from qwen3vl_convert.cli.console import Console, table
 from qwen3vl_convert.cli.options import (
     Ep,
     Etp,
@@ -20,6 +20,7 @@ from qwen3vl_convert.cli.options import (
     parse_iteration,
 )
 from qwen3vl_convert.errors import UsageError
+from qwen3vl_convert.quantities import amount, size
 
 if TYPE_CHECKING:
     from qwen3vl_convert.dims import Dims
@@ -44,17 +45,18 @@ def inspect(
 
 
 def _show_inspection(found: "Inspection") -> None:
-    layout = " ".join(f"{name.upper()}{value}" for name, value in found.layout.items()) or "-"
+    from qwen3vl_convert.inspection import sizes_said
+
     dtypes = ", ".join(f"{dtype} ({count:,} elements)" for dtype, count in found.dtypes.items())
     rows = [
         ("format", f"{found.format}; {found.dialect}"),
         ("model", f"{found.model}, {found.published_size or 'no published size'}, {found.parameters:,} parameters"),
-        ("written with", layout),
+        *([("written with", sizes_said(found.layout))] if found.layout else []),
         ("dtype", dtypes),
-        ("tensors", f"{found.tensors} in {found.files} files, {size(found.nbytes)}"),
+        ("tensors", f"{found.tensors:,} in {amount(found.files, 'file')}, {size(found.nbytes)}"),
         ("complete", "yes" if found.complete else f"NO: {found.problem}"),
     ]
-    table(found.path, [row for row in rows if row != ("written with", "-")])
+    table(found.path, rows)
     if found.dims:
         table("sizes", [(name, str(value)) for name, value in found.dims.items()])
 

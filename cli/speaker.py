@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import typer
 
 from qwen3vl_convert.cli.instructions import AmxTrial
 from qwen3vl_convert.errors import UsageError
+from qwen3vl_convert.quantities import amount, duration, figure
 
 if TYPE_CHECKING:
     from qwen3vl_convert.dims import Dims
@@ -160,6 +161,14 @@ class Sampling:
         return (f"{', '.join(taken)}: from generation_config.json.",) if self.temperature and taken else ()
 
 
+def check_prompt(dims: "Dims", token_ids: Sequence[int], asked: int | None) -> None:
+    """Raise `UsageError`, before any weight is read, for tokens that the model does not have, or too many for it."""
+    from qwen3vl_convert.inference.engine.requests import CONTEXT, check_room, check_vocabulary
+
+    check_vocabulary(token_ids, dims.vocab)
+    check_room(len(token_ids), asked or 1, {CONTEXT: dims.max_positions})
+
+
 def room_for(engine: "Engine", prompt_tokens: int, asked: int | None, usual: int) -> int:
     """How many tokens an answer may have: as asked for, or the usual as far as they fit."""
     if asked is not None:
@@ -200,12 +209,12 @@ def rate(found: "Completion") -> float | None:
 
 def told(found: "Completion") -> str:
     """One line about how it went."""
-    first = "" if found.first_token_seconds is None else f", the first after {found.first_token_seconds:.2f} s"
+    first = "" if found.first_token_seconds is None else f", the first after {duration(found.first_token_seconds)}"
     speed = rate(found)
-    fast = "" if speed is None else f", then {speed:.3g} tokens/s"
+    fast = "" if speed is None else f", then {figure(speed)} tokens/s"
     cached = f" ({found.cached_tokens} from the cache)" if found.cached_tokens else ""
     ended = {"length": "; cut off at the most tokens", "abort": "; stopped"}.get(found.finish_reason, "")
-    return f"{found.prompt_tokens} tokens in{cached}, {len(found.token_ids)} out{first}{fast}{ended}"
+    return f"{amount(found.prompt_tokens, 'token')} in{cached}, {len(found.token_ids):,} out{first}{fast}{ended}"
 
 
 def printable(text: str) -> str:
@@ -220,7 +229,7 @@ def waiting(what: str, quiet: bool) -> Iterator[None]:
     if quiet or not sys.stderr.isatty():
         yield
         if not quiet and (took := time.monotonic() - began) > _LONG:
-            print(f"{what}: {took:.0f} s", file=sys.stderr)
+            print(f"{what}: {duration(took)}", file=sys.stderr)
         return
     from rich.console import Console as Rich
 

@@ -1,7 +1,10 @@
 """verify and roundtrip: parse, call, print."""
 
 import os
+import shlex
+import sys
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +12,8 @@ import typer
 
 from qwen3vl_convert.cli import console
 from qwen3vl_convert.cli.console import Console, table
+from qwen3vl_convert.cli.diff import MOST_CHANGES
+from qwen3vl_convert.cli.diff import show as show_changes
 from qwen3vl_convert.cli.options import (
     Ep,
     Etp,
@@ -28,6 +33,7 @@ from qwen3vl_convert.errors import OutputError, UsageError
 if TYPE_CHECKING:
     from qwen3vl_convert.fill import FillOptions
     from qwen3vl_convert.verify import LogitsOptions, RoundTrip, Verification
+    from qwen3vl_convert.verify.report import Occasion
 
 _LOGITS = "What both models compute"
 AnyMemory = Annotated[
@@ -121,7 +127,7 @@ def _logits(
     dtype: str | None,
     stream: bool,
     max_memory: str | None,
-    model: str | None = None,
+    model: str | None,
 ) -> "LogitsOptions | None":
     from qwen3vl_convert.verify import LogitsOptions
 
@@ -158,10 +164,18 @@ def _write(path: Path, found: "Verification") -> None:
 
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(html_report(found), encoding="utf-8")
+        unfinished.write_text(html_report(found, _occasion()), encoding="utf-8")
         unfinished.rename(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _occasion() -> "Occasion":
+    """Now, and what was typed."""
+    from qwen3vl_convert.verify.report import Occasion
+
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return Occasion(now, shlex.join(["qwen3vl-convert", *sys.argv[1:]]))
 
 
 def _show(found: "Verification") -> None:
@@ -186,6 +200,7 @@ def roundtrip(
     device: Device = None,
     dtype: LogitsDtype = None,
     stream: Stream = False,
+    model: ModelOption = None,
     scratch: Annotated[
         Path | None,
         typer.Option("--scratch", help="Where to put the checkpoints meanwhile; needs three times the size."),
@@ -197,6 +212,8 @@ def roundtrip(
 ) -> None:
     """Convert there and back under two layouts, and compare every bit. Exit code 0: the same, 1: not.
 
+    With --logits both models are built too, on a GPU where there is one, and their logits compared.
+
     Without --tp, --pp, --vpp, --ep and --etp the first layout cuts in two whatever can be cut.
     """
     from qwen3vl_convert.parallel import ParallelLayout
@@ -205,7 +222,7 @@ def roundtrip(
     layout = ParallelLayout(tp, pp, vpp, ep, etp)
     if scratch is not None and not scratch.is_dir():
         raise OutputError(f"--scratch {scratch}: is no folder. Make it first.")
-    chosen = _logits(logits, device, dtype, stream, max_memory)
+    chosen = _logits(logits, device, dtype, stream, max_memory, model)
     sink = Console(json, quiet)
     with sink.progress() as report:
         found = run(
@@ -219,19 +236,20 @@ def roundtrip(
             options=_fill(max_memory, workers),
             report=report,
         )
+    if found.logits is not None:
+        sink.notes(found.logits.notes)
     sink.result(found.to_json(), lambda: _show_trip(found))
     if not found.equal:
         raise typer.Exit(1)
 
 
 def _show_trip(trip: "RoundTrip") -> None:
-    by_way_of = " and ".join(trip.layouts)
-    print(f"EQUAL: there and back, {by_way_of}." if trip.equal else "DIFFERENT: what comes back is not what went.")
-    rows = []
+    from qwen3vl_convert.verify.terminal import trip_lines, trip_rows, trip_verdict
+
+    print(trip_verdict(trip))
+    table("", trip_rows(trip))
+    if lines := trip_lines(trip):
+        print("\n".join(lines))
     for step in trip.steps:
-        said = "" if step.found is None else ("equal" if step.equal else "DIFFERENT")
-        rows.append((step.name, f"{step.seconds:.1f} s", said))
-    table("", rows)
-    for step in trip.steps:
-        if step.found is not None and not step.equal:
-            _show(step.found)
+        if step.changes is not None and not step.equal:
+            show_changes(step.changes, MOST_CHANGES)

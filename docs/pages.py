@@ -15,7 +15,7 @@ import qwen3vl_convert
 from qwen3vl_convert import mappings, verify
 from qwen3vl_convert.cli.app import app
 from qwen3vl_convert.make import SIZES
-from qwen3vl_convert.mappings import Equation, Mapping, MappingRegistry, Term, qwen3_vl
+from qwen3vl_convert.mappings import Equation, Mapping, MegatronMappingRegistry, Term, qwen3_vl
 from qwen3vl_convert.megatron.placement import cut_dimension
 from qwen3vl_convert.megatron.stored import stored
 
@@ -153,7 +153,7 @@ def _expert_layouts() -> str:
     lines += ["Megatron's side is the same; `--experts-layout` names the other. `half` is half of `h`.\n"]
     lines += ["| `--experts-layout` | stored as | Hugging Face |", "| --- | --- | --- |"]
     for layout in mappings.EXPERT_LAYOUTS:
-        for mapping in MappingRegistry(tuple(experts)).with_experts(layout):
+        for mapping in MegatronMappingRegistry(*experts).with_experts(layout):
             if isinstance(mapping, mappings.ExpertMLPGateUpProjMapping | mappings.ExpertMLPDownProjMapping):
                 theirs = "<br>".join(_named(part) for part in mapping.equation.hf)
                 lines.append(f"| `{layout}` | {_named(stored(mapping.equation)[0].equation.megatron)} | {theirs} |")

@@ -1,6 +1,7 @@
 """The mapping registry: which axes of a Megatron parameter are which axes of which Hugging Face tensors.
 
-`layout` and `equation` are the notation, `mapping` the named equations, `registry` the look-up, `qwen3_vl` the tables.
+`layout` and `equation` are the notation, `mapping` the named equations, `implied` the axes that names alone stand for,
+`registry` the look-up, `qwen3_vl` the tables.
 """
 
 from qwen3vl_convert.mappings.equation import Equation, Pair, Term
@@ -11,6 +12,8 @@ from qwen3vl_convert.mappings.mapping import (
     ConcatenatedQKVMapping,
     ExpertMLPDownProjMapping,
     ExpertMLPGateUpProjMapping,
+    FusedExpertMapping,
+    FusedGatedExpertMapping,
     GatedMLPMapping,
     Mapping,
     QKVMapping,
@@ -18,7 +21,7 @@ from qwen3vl_convert.mappings.mapping import (
 )
 from qwen3vl_convert.mappings.registry import (
     Claim,
-    MappingRegistry,
+    MegatronMappingRegistry,
     mapping_registry,
     register_mapping,
     unregister_mapping,
@@ -33,10 +36,12 @@ __all__ = [
     "Equation",
     "ExpertMLPDownProjMapping",
     "ExpertMLPGateUpProjMapping",
+    "FusedExpertMapping",
+    "FusedGatedExpertMapping",
     "GatedMLPMapping",
     "Layout",
     "Mapping",
-    "MappingRegistry",
+    "MegatronMappingRegistry",
     "Pair",
     "QKVMapping",
     "ReplicatedMapping",

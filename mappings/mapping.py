@@ -1,15 +1,16 @@
 """The named equations. Each entry is a few lines: which axes of a Megatron parameter are which axes of which HF
 tensors.
 
-Keywords are Megatron-Bridge's, so a table written for it ports line by line: `*` in a name stands for an index, and
-where the kind implies the axes the names alone are enough. Anything else writes them: `AutoMapping("a.weight : c h",
-"b.weight : c h")`.
+Keywords are Megatron-Bridge's, so a table written for it ports line by line: `*` in a name stands for an index, `**`
+for the tensors that a model's own table has there, and where the kind, that table or Megatron-Core's module implies the
+axes (`implied`) the names alone are enough. Anything else writes them: `AutoMapping("a.weight : c h", "b.weight : c
+h")`.
 """
 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping as MappingOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +20,7 @@ from qwen3vl_convert.mappings.layout import Sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
     Tensors = Tensor | MappingOf[str, Tensor]
 
@@ -30,9 +32,13 @@ them.
 FIXED = {"s": 2, "t": 3}
 """Axes whose size is the same in every model: gate and up; q, k and v."""
 
-_WILDCARD = re.compile(r"\*")
+ANYTHING = "**"
+"""Megatron-Bridge's wildcard for the rest of a name, `norm.**` for `norm.weight` and `norm.bias`."""
+
+_BRACES = re.compile(r"{(\w+)}")
+_WILDCARD = re.compile(r"(?<!\*)\*(?!\*)")
 _STANDS_FOR = (
-    (re.compile(r"(language_model\.decoder|language_model)\.layers\.$"), "l"),
+    (re.compile(r"(language_model\.decoder|language_model|^decoder|^model)\.layers\.$"), "l"),
     (re.compile(r"(vision_model\.decoder\.layers|visual\.blocks)\.$"), "b"),
     (re.compile(r"deepstack_merger_list\.$"), "m"),
     (re.compile(r"experts\.([\w.]*(weight|bias))?$"), "e"),
@@ -49,7 +55,20 @@ class Mapping(ABC):
     megatron_param: str
 
     def __post_init__(self) -> None:
-        self.equation  # noqa: B018  a wrong mapping is refused when it is declared
+        for one in self.each():
+            one.equation  # noqa: B018  a wrong mapping is refused when it is declared
+
+    def each(self) -> "tuple[Mapping, ...]":
+        """The mappings of one parameter each that this one stands for: itself, unless its names have `**`."""
+        if ANYTHING not in self.megatron_param:
+            return (self,)
+        from qwen3vl_convert.mappings.implied import rests
+
+        keywords = {"megatron_param": self.megatron_param, **{part: getattr(self, part) for part in self.parts}}
+        return tuple(
+            replace(self, **{keyword: name.replace(ANYTHING, rest) for keyword, name in keywords.items()})
+            for rest in rests(*_all_named(*keywords.values()))
+        )
 
     @cached_property
     @abstractmethod
@@ -126,24 +145,35 @@ def _without_names(equation: Equation) -> Equation:
     return replace(equation, megatron=megatron, hf=tuple(terms))
 
 
-def _term(text: str, implied: str | None) -> Term:
-    """`name` or `name : layout`; a bare name takes the axes that the kind implies."""
-    named = _named_wildcards(text)
+def _term(text: str, implied: str | None, beside: str = "") -> Term:
+    """`name` or `name : layout`; a bare name takes the axes that the kind implies. `beside`: Megatron's, for HF's."""
+    named = _named_wildcards(text, beside)
     if " : " in named:
         return Term.parse(named)
+    if ANYTHING in named:
+        raise UsageError(f"{text}: `**` stands for several tensors, which have an equation each: see each().")
     if implied is None:
-        raise UsageError(f"{text!r}: nothing implies its axes; write them, as in `{text} : c h`.")
+        raise UsageError(f"{text!r}: nothing implies its axes beside written ones; write them, as in `{text} : c h`.")
     return Term.parse(f"{named} : {implied}")
 
 
-def _named_wildcards(text: str) -> str:
-    """Megatron-Bridge's `*` in names as axes: `layers.*.x` as `layers.{l}.x`."""
+def _named_wildcards(text: str, beside: str = "") -> str:
+    """Megatron-Bridge's `*` in names as axes: `layers.*.x` as `layers.{l}.x`.
+
+    A `*` that stands in no known place is the axis that Megatron's name, `beside`, has at the `*` of the same number.
+    """
     name, colon, layout = text.partition(" : ")
+    theirs = dict(enumerate(_BRACES.findall(_named_wildcards(beside).partition(" : ")[0]))) if beside else {}
     count = 0
     while star := _WILDCARD.search(name):
-        axis = next((axis for pattern, axis in _STANDS_FOR if pattern.search(name[: star.start()])), f"index{count}")
+        known = (axis for pattern, axis in _STANDS_FOR if pattern.search(name[: star.start()]))
+        axis = next(known, theirs.get(count, f"index{count}"))
         name, count = f"{name[: star.start()]}{{{axis}}}{name[star.end() :]}", count + 1
     return name + colon + layout
+
+
+def _all_named(megatron: str, *hf: str) -> tuple[str, ...]:
+    return (_named_wildcards(megatron), *(_named_wildcards(name, megatron) for name in hf))
 
 
 def _bare(text: str, weight: str) -> str:
@@ -154,14 +184,25 @@ def _bare(text: str, weight: str) -> str:
 
 @dataclass(frozen=True)
 class AutoMapping(Mapping):
-    """One tensor, one parameter. Which axes are cut follows from their names; `padded` is one that Megatron may pad."""
+    """One tensor, one parameter. Which axes are cut follows from their names; `padded` is one that Megatron may pad.
+
+    Names without axes have those that a model's own table or the kind of Megatron-Core's module implies; `UsageError`
+    where neither does.
+    """
 
     hf_param: str
-    padded: str | None = None
+    padded: str | None = field(default=None, kw_only=True)
 
     @cached_property
     def equation(self) -> Equation:
-        return Equation(_term(self.megatron_param, None), (_term(self.hf_param, None),), padded=self.padded)
+        if not any(" : " in text for text in (self.megatron_param, self.hf_param)):
+            from qwen3vl_convert.mappings.implied import implied
+
+            known = implied(*_all_named(self.megatron_param, self.hf_param))
+            return known if self.padded is None else replace(known, padded=self.padded)
+        return Equation(
+            _term(self.megatron_param, None), (_term(self.hf_param, None, self.megatron_param),), padded=self.padded
+        )
 
 
 @dataclass(frozen=True)
@@ -172,7 +213,9 @@ class ReplicatedMapping(Mapping):
 
     @cached_property
     def equation(self) -> Equation:
-        return Equation(_term(self.megatron_param, "..."), (_term(self.hf_param, "..."),), uncut=True)
+        return Equation(
+            _term(self.megatron_param, "..."), (_term(self.hf_param, "...", self.megatron_param),), uncut=True
+        )
 
 
 @dataclass(frozen=True)
@@ -187,7 +230,8 @@ class QKVMapping(Mapping):
     @cached_property
     def equation(self) -> Equation:
         layouts = ("(kv g d) h", "(kv d) h", "(kv d) h")
-        hf = tuple(_term(t, _bare(t, layout)) for t, layout in zip((self.q, self.k, self.v), layouts, strict=True))
+        parts = zip((self.q, self.k, self.v), layouts, strict=True)
+        hf = tuple(_term(t, _bare(t, layout), self.megatron_param) for t, layout in parts)
         return Equation(_term(self.megatron_param, _bare(self.megatron_param, "(kv * d) h")), hf)
 
 
@@ -200,7 +244,7 @@ class ConcatenatedQKVMapping(Mapping):
     @cached_property
     def equation(self) -> Equation:
         ours = _term(self.megatron_param, _bare(self.megatron_param, "(n t vd) v"))
-        return Equation(ours, (_term(self.hf_param, _bare(self.hf_param, "(t n vd) v")),))
+        return Equation(ours, (_term(self.hf_param, _bare(self.hf_param, "(t n vd) v"), self.megatron_param),))
 
 
 @dataclass(frozen=True)
@@ -213,44 +257,52 @@ class GatedMLPMapping(Mapping):
 
     @cached_property
     def equation(self) -> Equation:
-        hf = tuple(_term(t, _bare(t, "f h")) for t in (self.gate, self.up))
-        return Equation(_term(self.megatron_param, _bare(self.megatron_param, "(* f) h")), hf, apart="*")
+        width = "i" if "{e}" in _named_wildcards(self.megatron_param) else "f"  # an expert's, or a dense layer's
+        hf = tuple(_term(t, _bare(t, f"{width} h"), self.megatron_param) for t in (self.gate, self.up))
+        return Equation(_term(self.megatron_param, _bare(self.megatron_param, f"(* {width}) h")), hf, apart="*")
 
 
 @dataclass(frozen=True)
-class _ExpertMapping(Mapping):
+class _ExpertMapping(AutoMapping):
     """An expert parameter: Megatron's name carries the expert, the HF side depends on who wrote the folder.
 
     The name may be one expert's, `...experts.linear_fc1.weight3` (counted over all ranks): then that is the expert that
     `hf_to_megatron` picks, and the equation is that of all of them.
     """
 
-    hf_param: str
     experts_layout: str = "hub"
 
     def __post_init__(self) -> None:
         if self.experts_layout not in EXPERT_LAYOUTS:
             raise UsageError(f"experts layout {self.experts_layout!r}: expected one of {', '.join(EXPERT_LAYOUTS)}.")
+        if self.padded is not None:
+            raise UsageError(f"{self.megatron_param}: padded={self.padded!r}: Megatron pads no axis of an expert.")
         super().__post_init__()
 
     def laid_out(self, experts_layout: str) -> "_ExpertMapping":
         """The same mapping against another HF layout."""
         return replace(self, experts_layout=experts_layout)
 
-    def hf_to_megatron(
-        self, hf_weights: "Tensors", sizes: Any = None, *, megatron_module: Any = None, **place: int
+    def hf_to_megatron(  # type: ignore[override]  # what the base has second, `sizes`, may stand second here too
+        self,
+        hf_weights: "Tensors",
+        megatron_module: "Module | Sizes | None" = None,
+        *,
+        sizes: Sizes | None = None,
+        **place: int,
     ) -> "Tensor":
-        """One expert's parameter; with a module of Megatron-Core's in place of `sizes`, as this rank holds it.
+        """One expert's parameter; with a module of Megatron-Core's, as this rank holds it.
 
         `hf_weights`: the tensor of all experts; or one expert's own, a dict by keyword (`{"gate": ..., "up": ...}`).
         The expert is the one in the mapping's name, or `e=3`. A module's config gives the sizes, and its process group
-        the part that expert tensor parallelism leaves to this rank; nothing is communicated. Raises `MisshapenTensor`.
+        the part that expert tensor parallelism leaves to this rank; nothing is communicated. Sizes alone may stand in
+        its place. Raises `MisshapenTensor`.
         """
         if isinstance(hf_weights, MappingOf) and self.experts_layout in ("hub", "v5"):
-            return self.laid_out("per-expert").hf_to_megatron(hf_weights, sizes, megatron_module=megatron_module)
+            return self.laid_out("per-expert").hf_to_megatron(hf_weights, megatron_module, sizes=sizes)
         tensors = self._by_part(hf_weights)
         place = ({} if self.expert is None else {"e": self.expert}) | place
-        module, sizes = _module_or_sizes(sizes, megatron_module)
+        module, sizes = _module_and_sizes(megatron_module, sizes)
         shapes = {name: tuple(t.shape) for name, t in tensors.items()}
         full = self._solved(shapes, FIXED | _sizes_of(module) | dict(sizes))
         local, part = self._local(full, module)
@@ -263,15 +315,19 @@ class _ExpertMapping(Mapping):
             ours.megatron.of(out).copy_(here.of(tensors[term.name]))
         return out
 
-    def megatron_to_hf(
-        self, megatron_weights: "Tensor", sizes: Any = None, *, megatron_module: Any = None
+    def megatron_to_hf(  # type: ignore[override]
+        self,
+        megatron_weights: "Tensor",
+        megatron_module: "Module | Sizes | None" = None,
+        *,
+        sizes: Sizes | None = None,
     ) -> "Tensors":
         """One expert's slice of the HF tensor of all, or its own tensors by keyword.
 
         With a module `megatron_weights` is what this rank holds, and all ranks of its expert tensor parallel group call
         this together and get the whole.
         """
-        module, sizes = _module_or_sizes(sizes, megatron_module)
+        module, sizes = _module_and_sizes(megatron_module, sizes)
         parts = _gathered(megatron_weights, _group_of(module))
         equation = _without_names(self.equation)
         known = equation.known(FIXED | _sizes_of(module) | dict(sizes))
@@ -334,7 +390,7 @@ class _ExpertMapping(Mapping):
         return full | {_CUT: full[_CUT] // parts}, part
 
     def _one_by_one(self, projection: str, layout: str) -> Term:
-        return _term(f"{self.hf_param.rpartition('.')[0]}.{{e}}.{projection}.weight : {layout}", None)
+        return _term(f"{self.hf_param.rpartition('.')[0]}.{{e}}.{projection}.weight : {layout}", None, self._pattern)
 
 
 _CUT = "i"
@@ -342,11 +398,9 @@ _CUT = "i"
 _ONE_EXPERT = re.compile(r"(experts\.[\w.]*(?:weight|bias))(\d+)$")
 
 
-def _module_or_sizes(given: Any, module: Any) -> tuple[Any, Sizes]:
+def _module_and_sizes(given: Any, sizes: Sizes | None) -> tuple[Any, Sizes]:
     """(module, sizes) from a second argument that may be either, as Megatron-Bridge's is a module and ours sizes."""
-    if given is None or isinstance(given, MappingOf):
-        return module, given or {}
-    return given, {}
+    return (None, {**given, **(sizes or {})}) if isinstance(given, MappingOf) else (given, sizes or {})
 
 
 def _sizes_of(module: Any) -> dict[str, int]:
@@ -398,7 +452,7 @@ class ExpertMLPGateUpProjMapping(_ExpertMapping):
             hf = tuple(self._one_by_one(projection, "half (s i)") for projection in ("gate_proj", "up_proj"))
             return Equation(_term(self._pattern, "(s i) (* half)"), hf, apart="s")
         fused = "e h (s i)" if self.experts_layout == "hub" else "e (s i) h"
-        return Equation(_term(self._pattern, "(s i) h"), (_term(self.hf_param, fused),), apart="s")
+        return Equation(_term(self._pattern, "(s i) h"), (_term(self.hf_param, fused, self._pattern),), apart="s")
 
 
 @dataclass(frozen=True)
@@ -412,8 +466,24 @@ class ExpertMLPDownProjMapping(_ExpertMapping):
         elif self.experts_layout == "scrambled":
             hf = self._one_by_one("down_proj", "i h")
         else:
-            hf = _term(self.hf_param, "e i h" if self.experts_layout == "hub" else "e h i")
+            hf = _term(self.hf_param, "e i h" if self.experts_layout == "hub" else "e h i", self._pattern)
         return Equation(_term(self._pattern, "h i"), (hf,))
+
+
+def FusedGatedExpertMapping(
+    megatron_param: str, hf_param: str, *, transpose_on_export: bool = False
+) -> ExpertMLPGateUpProjMapping:
+    """What later releases of Megatron-Bridge call `ExpertMLPGateUpProjMapping`. Their `transpose_on_export` says that
+    the folder has each matrix as published, [in, out]: "hub"; without it [out, in]: "v5".
+    """
+    return ExpertMLPGateUpProjMapping(megatron_param, hf_param, "hub" if transpose_on_export else "v5")
+
+
+def FusedExpertMapping(
+    megatron_param: str, hf_param: str, *, transpose_on_export: bool = False
+) -> ExpertMLPDownProjMapping:
+    """The same for `ExpertMLPDownProjMapping`."""
+    return ExpertMLPDownProjMapping(megatron_param, hf_param, "hub" if transpose_on_export else "v5")
 
 
 def laid_out(mapping: Any, experts_layout: str) -> Any:

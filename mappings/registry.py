@@ -22,13 +22,20 @@ class Claim:
     place: dict[str, int]
 
 
-@dataclass(frozen=True)
-class MappingRegistry:
-    """The mappings of one model. Raises `UsageError` when two of them claim one name."""
+@dataclass(frozen=True, init=False)
+class MegatronMappingRegistry:
+    """The mappings of one model, `MegatronMappingRegistry(*mappings)`; one with `**` in its names becomes several.
+
+    Raises `UsageError` when two of them claim one name.
+    """
 
     mappings: tuple[Mapping, ...]
 
-    def __post_init__(self) -> None:
+    def __init__(self, *mappings: Mapping) -> None:
+        object.__setattr__(self, "mappings", tuple(one for mapping in mappings for one in mapping.each()))
+        self._refuse_rivals()
+
+    def _refuse_rivals(self) -> None:
         for side in ("megatron", "hf"):
             terms = [(term, m) for m in self.mappings for term in _terms(m.equation, side)]
             for index, (term, mapping) in enumerate(terms):
@@ -82,12 +89,12 @@ class MappingRegistry:
         near = difflib.get_close_matches(name, known, n=2, cutoff=0.7)
         return f" Did you mean {' or '.join(near)}?" if near else " Use register_mapping() for tensors of your own."
 
-    def with_experts(self, experts_layout: str) -> "MappingRegistry":
+    def with_experts(self, experts_layout: str) -> "MegatronMappingRegistry":
         """The same registry against another HF expert layout: hub, v5, per-expert or scrambled."""
-        return MappingRegistry(tuple(laid_out(mapping, experts_layout) for mapping in self.mappings))
+        return MegatronMappingRegistry(*(laid_out(mapping, experts_layout) for mapping in self.mappings))
 
-    def extended(self, mappings: Iterable[Mapping]) -> "MappingRegistry":
-        return MappingRegistry((*self.mappings, *mappings))
+    def extended(self, mappings: Iterable[Mapping]) -> "MegatronMappingRegistry":
+        return MegatronMappingRegistry(*self.mappings, *mappings)
 
     def hf_names(self, sizes: Sizes) -> dict[str, tuple[int, ...] | None]:
         """Every HF tensor of a model of these sizes, with its shape (None where any shape is allowed)."""
@@ -130,7 +137,7 @@ def register_mapping(model: str, mapping: Mapping) -> Mapping:
     if model not in TABLES:
         raise UsageError(f"register_mapping({model!r}): expected one of {', '.join(TABLES)}.")
     registered = _REGISTERED.setdefault(model, [])
-    MappingRegistry((*TABLES[model], *registered, mapping))
+    MegatronMappingRegistry(*TABLES[model], *registered, mapping)
     registered.append(mapping)
     return mapping
 
@@ -140,7 +147,7 @@ def unregister_mapping(model: str, mapping: Mapping) -> None:
     _REGISTERED.get(model, []).remove(mapping)
 
 
-def mapping_registry(model: str, *, attention_bias: bool = True, head: bool = True) -> MappingRegistry:
+def mapping_registry(model: str, *, attention_bias: bool = True, head: bool = True) -> MegatronMappingRegistry:
     """The registry of a model: its table, the mappings of installed distributions, and those registered by the program.
 
     `attention_bias` and `head`: whether the model has biases in its text attention, and an output layer of its own
@@ -152,7 +159,7 @@ def mapping_registry(model: str, *, attention_bias: bool = True, head: bool = Tr
         raise UsageError(f"no mappings for the model {model!r}: expected one of {', '.join(TABLES)}.")
     absent = (() if attention_bias else ATTENTION_BIAS) + (() if head else OUTPUT)
     table = tuple(mapping for mapping in TABLES[model] if mapping not in absent)
-    return MappingRegistry((*table, *_installed(model), *_REGISTERED.get(model, ())))
+    return MegatronMappingRegistry(*table, *_installed(model), *_REGISTERED.get(model, ()))
 
 
 def _installed(model: str) -> Iterator[Mapping]:

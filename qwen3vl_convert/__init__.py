@@ -7,6 +7,7 @@ The commands of the command line are functions here: `hf_to_megatron`, `megatron
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from qwen3vl_convert.convert import Result, RunOptions, hf_to_megatron, megatron_to_hf
     from qwen3vl_convert.dims import Dims
     from qwen3vl_convert.errors import ConvertError, InputError, OutputError, UsageError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
         ExpertMLPDownProjMapping,
         ExpertMLPGateUpProjMapping,
         GatedMLPMapping,
-        MappingRegistry,
+        MegatronMappingRegistry,
         QKVMapping,
         ReplicatedMapping,
         mapping_registry,
@@ -43,7 +44,7 @@ _HOME = {
         "ExpertMLPDownProjMapping",
         "ExpertMLPGateUpProjMapping",
         "GatedMLPMapping",
-        "MappingRegistry",
+        "MegatronMappingRegistry",
         "QKVMapping",
         "ReplicatedMapping",
         "mapping_registry",
@@ -67,7 +68,7 @@ __all__ = [
     "GatedMLPMapping",
     "InputError",
     "Inspection",
-    "MappingRegistry",
+    "MegatronMappingRegistry",
     "OutputError",
     "ParallelLayout",
     "QKVMapping",
@@ -89,6 +90,10 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `--help` must not wait for numpy."""
     from importlib import import_module
 
+    if name == "__version__":
+        from qwen3vl_convert.installed import program_version
+
+        return program_version()
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

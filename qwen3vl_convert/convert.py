@@ -17,12 +17,10 @@ from qwen3vl_convert.huggingface.hub import resolve
 from qwen3vl_convert.manifest import fingerprint_of, manifest_text, refuse_own_source
 from qwen3vl_convert.megatron.target import MegatronOptions
 from qwen3vl_convert.parallel import ParallelLayout
+from qwen3vl_convert.progress import Report
 from qwen3vl_convert.seal import check_space, check_written, publishing, refuse_existing
 from qwen3vl_convert.to_huggingface import plan_megatron_to_hf
 from qwen3vl_convert.to_megatron import plan_hf_to_megatron
-
-Report = Callable[[str, int, int], None]
-"""Called as report(stage, bytes done, bytes in all)."""
 
 
 @dataclass(frozen=True, slots=True)

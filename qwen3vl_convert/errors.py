@@ -2,6 +2,7 @@
 
     ConvertError                      3
     ├── UsageError                    2   the request itself makes no sense (also a wrong mapping or layout)
+    │   └── NotInstalled                  a package that the request needs is missing; an ImportError, too
     ├── InputError                    3   a checkpoint that cannot be used, from missing to hostile
     │   ├── CorruptFile                   a file whose bytes contradict themselves
     │   ├── UnsafeFile                    a pickle or a path that reaches outside what a checkpoint may name
@@ -30,6 +31,10 @@ class UsageError(ConvertError):
     """The request makes no sense, whatever the checkpoint."""
 
     exit_code = 2
+
+
+class NotInstalled(UsageError, ImportError):
+    """A package that the request needs is not installed; names it and the command that installs it."""
 
 
 class InputError(ConvertError):

@@ -7,7 +7,7 @@ from typing import Any
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import ConvertError, InputError
 from qwen3vl_convert.huggingface.experts import experts_layout
-from qwen3vl_convert.huggingface.folder import read_folder
+from qwen3vl_convert.huggingface.folder import HuggingFaceCheckpoint, read_folder
 from qwen3vl_convert.huggingface.hub import resolve
 from qwen3vl_convert.make import SIZES
 from qwen3vl_convert.megatron.checkpoint import MegatronCheckpoint, read_megatron
@@ -17,6 +17,7 @@ from qwen3vl_convert.megatron.stored import STACKS, local_spec_of, style_of
 from qwen3vl_convert.model import open_huggingface, open_megatron
 from qwen3vl_convert.storage import StoredTensor
 
+HUGGINGFACE, MEGATRON = "huggingface", "megatron torch_dist"
 _PARALLEL = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -76,11 +77,10 @@ def _inspect_huggingface(path: str | Path) -> Inspection:
         open_huggingface(checkpoint.folder, headless=headless)
     except ConvertError as error:
         problem = str(error)
-    experts = "" if layout == "none" else f", experts: {layout}"
     return Inspection(
         path=str(path),
-        format="huggingface",
-        dialect=f"names: {checkpoint.prefix}{experts}",
+        format=HUGGINGFACE,
+        dialect=huggingface_dialect(checkpoint, layout),
         layout={},
         files=len(checkpoint.files),
         notes=checkpoint.notes,
@@ -99,9 +99,9 @@ def _inspect_megatron(path: Path, iteration: int | str | None) -> Inspection:
         problem = str(error)
     return Inspection(
         path=str(checkpoint.folder),
-        format="megatron torch_dist",
-        dialect=_dialect(checkpoint),
-        layout=_layout(checkpoint),
+        format=MEGATRON,
+        dialect=megatron_dialect(checkpoint),
+        layout=written_with(checkpoint),
         files=len({chunk.file for tensor in checkpoint.tensors.values() for chunk in tensor.chunks}),
         notes=checkpoint.notes,
         **_common(checkpoint.tensors, dims, problem),
@@ -133,7 +133,14 @@ def published_size(dims: Dims) -> str | None:
     return next((n for n, d in SIZES.items() if all(getattr(d, f) == getattr(dims, f) for f in _SHAPE)), None)
 
 
-def _dialect(checkpoint: MegatronCheckpoint) -> str:
+def huggingface_dialect(checkpoint: HuggingFaceCheckpoint, experts_layout: str) -> str:
+    """How a folder calls its tensors, and has its experts."""
+    experts = "" if experts_layout == "none" else f", experts: {experts_layout}"
+    return f"names: {checkpoint.prefix}{experts}"
+
+
+def megatron_dialect(checkpoint: MegatronCheckpoint) -> str:
+    """How a checkpoint has its layers, and where its common state is."""
     keys = checkpoint.tensors
     styles = {style_of(keys, axis) for axis in STACKS}
     common = "common.pt" if (checkpoint.folder / "common.pt").exists() else "common_state"
@@ -141,7 +148,7 @@ def _dialect(checkpoint: MegatronCheckpoint) -> str:
     return f"keys: {' and '.join(sorted(styles))}{norm}, {common}"
 
 
-def _layout(checkpoint: MegatronCheckpoint) -> dict[str, int]:
+def written_with(checkpoint: MegatronCheckpoint) -> dict[str, int]:
     """The parallel sizes that the checkpoint says it was written with; it can be loaded with any."""
     try:
         run_config = read_run_config(checkpoint.folder / "run_config.yaml") or {}
@@ -151,3 +158,8 @@ def _layout(checkpoint: MegatronCheckpoint) -> dict[str, int]:
     stated = run_config.get("model") or (arguments.state if isinstance(arguments, Instance) else None)
     known = stated if isinstance(stated, dict) else {}
     return {short: known[name] for short, name in _PARALLEL.items() if isinstance(known.get(name), int)}
+
+
+def sizes_said(layout: dict[str, int]) -> str:
+    """`TP2 PP1 EP2 ETP1`; "" for none."""
+    return " ".join(f"{name.upper()}{size}" for name, size in layout.items())

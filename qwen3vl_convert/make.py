@@ -12,12 +12,13 @@ from qwen3vl_convert.fill import Progress
 from qwen3vl_convert.huggingface.config import config_json, portable_config, rebuild_config
 from qwen3vl_convert.huggingface.target import huggingface_target
 from qwen3vl_convert.huggingface.writer import hub_order
-from qwen3vl_convert.mappings import MappingRegistry, mapping_registry
+from qwen3vl_convert.mappings import MegatronMappingRegistry, mapping_registry
 from qwen3vl_convert.mappings.qwen3_vl import TABLES
 from qwen3vl_convert.plan import pieces
+from qwen3vl_convert.rounding import cast
 from qwen3vl_convert.seal import check_space, publishing
 from qwen3vl_convert.storage import DTYPES, StoredTensor
-from qwen3vl_convert.strided import Array, cast
+from qwen3vl_convert.strided import Array
 
 _TEXT_8B = Dims(
     model_type="qwen3_vl", layers=36, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=12288, vocab=151936,
@@ -71,7 +72,7 @@ def make_checkpoint(
     dims = _chosen(size, layers, dtype)
     layout = experts_layout if dims.moe else "hub"
     known = mapping_registry(dims.model_type, attention_bias=dims.attention_bias, head=not dims.tied)
-    registry = MappingRegistry(tuple(m for m in known if m in TABLES[dims.model_type])).with_experts(layout)
+    registry = MegatronMappingRegistry(*(m for m in known if m in TABLES[dims.model_type])).with_experts(layout)
     shapes = registry.hf_names(dims.sizes())
     entries = [(name, dtype, shapes[name] or ()) for name in hub_order(shapes, dims)]
     config, _ = rebuild_config(dims)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from qwen3vl_convert.checksum import crc32
 from qwen3vl_convert.conversion import Conversion
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.fill import Key, key_of
+from qwen3vl_convert.installed import program_version
 from qwen3vl_convert.plan import Plan
 
 MANIFEST = "qwen3vl_convert.json"
@@ -87,11 +87,3 @@ def refuse_own_source(plan: Plan, target: Path) -> None:
     for path in files_read(plan):
         if real in path.resolve().parents:
             raise UsageError(f"{target} holds {path}, which is to be converted. Choose another target.")
-
-
-def program_version() -> str:
-    """The version of the installed program."""
-    try:
-        return version("qwen3vl-convert")
-    except PackageNotFoundError:
-        return "unknown"

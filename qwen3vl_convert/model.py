@@ -12,7 +12,7 @@ from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import InputError, MisshapenTensor, MissingTensors, UnknownTensors, UsageError
 from qwen3vl_convert.huggingface.experts import experts_layout as detect_experts
 from qwen3vl_convert.huggingface.folder import HuggingFaceCheckpoint, read_folder
-from qwen3vl_convert.mappings import Equation, Mapping, MappingRegistry, Term, mapping_registry
+from qwen3vl_convert.mappings import Equation, Mapping, MegatronMappingRegistry, Term, mapping_registry
 from qwen3vl_convert.mappings.qwen3_vl import TABLES
 from qwen3vl_convert.megatron.checkpoint import MegatronCheckpoint, read_megatron
 from qwen3vl_convert.megatron.stored import Stored, on_disk
@@ -169,7 +169,9 @@ def _check_surplus(head: StoredTensor | None, embedding: StoredTensor, where: st
     return [f"{head.name} equals {embedding.name} and is left out: the model is tied."]
 
 
-def _registry(dims: Dims, head: bool, layout: str, tensors: dict[str, StoredTensor], side: str) -> MappingRegistry:
+def _registry(
+    dims: Dims, head: bool, layout: str, tensors: dict[str, StoredTensor], side: str
+) -> MegatronMappingRegistry:
     """The mappings that hold for a checkpoint: the model's table, and of the registered ones those it has tensors for.
 
     A mapping of something that the model has none of (a vision tower without deepstack mergers) does not hold.
@@ -178,7 +180,7 @@ def _registry(dims: Dims, head: bool, layout: str, tensors: dict[str, StoredTens
     kept = [m for m in whole if m in TABLES[dims.model_type] or _present(m, tensors, side)]
     sizes = dims.sizes()
     kept = [m for m in kept if all(sizes.get(axis, 1) for axis in m.equation.megatron.axes)]
-    return MappingRegistry(tuple(kept)).with_experts(layout if layout != "none" else "hub")
+    return MegatronMappingRegistry(*kept).with_experts(layout if layout != "none" else "hub")
 
 
 def _present(mapping: Mapping, tensors: Iterable[str], side: str) -> bool:

@@ -20,6 +20,7 @@ from qwen3vl_convert.checksum import crc32
 from qwen3vl_convert.errors import InputError, OutputError
 from qwen3vl_convert.fill import Key, Progress, key_of
 from qwen3vl_convert.plan import Job, Plan, Target
+from qwen3vl_convert.quantities import size
 from qwen3vl_convert.strided import read_into, write_from
 
 _JOURNAL = "journal"
@@ -96,14 +97,14 @@ class Staging:
 
     def lay_out(self, target: Target) -> None:
         """Create every file at its final size, with all bytes that come from no tensor."""
-        for name, size in target.sizes.items():
+        for name, nbytes in target.sizes.items():
             path = self.content / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if name in target.copied:
                 _copy(target.copied[name], path)
                 continue
             with path.open("ab") as file:
-                file.truncate(size)
+                file.truncate(nbytes)
         for name, offset, content in target.literals:
             _write(self.content / name, offset, content)
 
@@ -186,7 +187,7 @@ def check_space(target: Path, nbytes: int) -> int:
     folder = next(parent for parent in (target, *target.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free + _allocated(target.parent / f".{target.name}.partial")
     if free < nbytes:
-        raise OutputError(f"{target}: {nbytes / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free on {folder}.")
+        raise OutputError(f"{target}: {size(nbytes)} are needed and {size(free)} are free on {folder}.")
     return free
 
 
@@ -202,10 +203,10 @@ def check_written(plan: Plan, folder: Path, crcs: dict[Key, int], workers: int, 
 
     Raises `OutputError` on the first that differs.
     """
-    for name, size in plan.target.sizes.items():
+    for name, nbytes in plan.target.sizes.items():
         found = (folder / name).stat().st_size
-        if found != size:
-            raise OutputError(f"{name}: {found} bytes were written, expected {size}. {_UNSOUND}")
+        if found != nbytes:
+            raise OutputError(f"{name}: {found} bytes were written, expected {nbytes}. {_UNSOUND}")
     for name, offset, content in plan.target.literals:
         _check_bytes(folder / name, offset, content, name)
     for name, source in plan.target.copied.items():

@@ -1,8 +1,4 @@
-"""Strided copies at the speed of memory, and dtype casts.
-
-numpy moves bytes (a weight of 2 bytes is a uint16 here, so that NaN payloads pass untouched); torch, imported only
-when a dtype changes, rounds.
-"""
+"""Strided copies at the speed of memory: a weight of 2 bytes is a uint16 here, so that NaN payloads pass untouched."""
 
 import os
 from pathlib import Path
@@ -11,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3vl_convert.errors import CorruptFile, InputError, OutputError
+from qwen3vl_convert.errors import CorruptFile, OutputError
 from qwen3vl_convert.plan import Copy
+from qwen3vl_convert.rounding import cast
 from qwen3vl_convert.storage import DTYPES
 
 Array = NDArray[Any]
@@ -76,25 +73,6 @@ def _transpose(ours: Array, theirs: Array, scratch: Array) -> None:
             tile = scratch[: min(_TILE_ROWS, rows - row), : min(_TILE_COLUMNS, columns - column)]
             tile[...] = theirs[part]
             ours[part] = tile
-
-
-def cast(array: Array, source: str, target: str, name: str) -> Array:
-    """Elements in another dtype, rounded to nearest even; raises `InputError` when a finite value becomes infinite."""
-    import torch
-
-    # torch warns of memory that it must not write to, such as a mapped file's
-    writable = np.require(array.view(f"i{array.itemsize}"), requirements="W")
-    wide = torch.from_numpy(writable).view(getattr(torch, source))
-    narrow = wide.to(getattr(torch, target))
-    lost = narrow.isinf() & wide.isfinite()
-    if bool(lost.any()):
-        largest, other = torch.finfo(narrow.dtype).max, "bf16 or fp32" if target == "float16" else "fp32"
-        raise InputError(
-            f"{name}: a value of {float(wide[lost].abs().max()):.4g} does not fit {target} (largest {largest:.5g}). "
-            f"Use --dtype {other}."
-        )
-    size = DTYPES[target].itemsize
-    return narrow.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).numpy().view(_RAW[size])
 
 
 def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:

@@ -1,40 +1,29 @@
-"""Where the tests find real checkpoints: in the repository, or in the `shared` folder beside it."""
+"""What all tests and the processes that they start share: the machine as they see it, and real checkpoints."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
-# The tests run side by side already; threads of one would wait for those of the other. Before torch is imported.
+from recorded import HUGGINGFACE, MEGATRON
+
+# Before torch is imported. The tests run side by side already; threads of one would wait for those of the other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED = REPOSITORY.parent / "shared"
-GOLDEN = [SHARED / "golden", REPOSITORY / "tests" / "golden"]
-"""All of them beside the repository, or the few that it carries."""
-
-
-def first_existing(candidates: list[Path], what: str) -> Path:
-    """The first folder that is there; skips the test, saying where it looked, if none is."""
-    for candidate in candidates:
-        if candidate.is_dir():
-            return candidate
-    pytest.skip(f"{what} is in none of {', '.join(map(str, candidates))}")
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Facts and checkpoints that several projects read: reference/, golden/."""
-    return first_existing([SHARED], "the shared folder")
+# Nor is there a GPU: a model would be built on it and fed from the CPU. What is for one is in benchmarks/gpu_check.py.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# A shell's job in the background ignores Ctrl-C, and so would every process that is started here to be interrupted.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def golden_huggingface() -> Path:
     """Tiny Hugging Face folders: dense, dense-tied, moe, moe-v5."""
-    return first_existing([folder / "huggingface" for folder in GOLDEN], "golden/huggingface")
+    return HUGGINGFACE
 
 
 @pytest.fixture(scope="session")
 def golden_megatron() -> Path:
-    """What Megatron-Bridge made of those, in several layouts: dense_tp2pp1, moe_tp1pp1ep2, ..."""
-    return first_existing([folder / "megatron" for folder in GOLDEN], "golden/megatron")
+    """What Megatron-Bridge made of those, in seven layouts: dense_tp2pp1, moe_tp1pp1ep2, ..."""
+    return MEGATRON

@@ -30,12 +30,12 @@ from broken import (
 from qwen3vl_convert import Explanation, Inspection, ParallelLayout, explain, hf_to_megatron
 from qwen3vl_convert.cli import console
 from qwen3vl_convert.cli.app import app, main
-from qwen3vl_convert.cli.console import size
 from qwen3vl_convert.cli.options import parse_bytes, parse_iteration
 from qwen3vl_convert.convert import Result
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.make import SIZES as MODELS
+from qwen3vl_convert.quantities import size
 from qwen3vl_convert.verify import Verification, WeightsReport
 
 COMMANDS = (

@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 
 from huggingface.samples import (
-    CONFIGS,
-    HEADERS,
     SIZES,
     VARIANTS,
     as_5,
     model_shapes,
-    needs_shared,
     published,
     tiny_config,
     variant,
@@ -23,6 +20,7 @@ from huggingface.samples import (
 from qwen3vl_convert.config_fields import MROPE_SECTION, TEXT_DEFAULTS, TOKEN_DEFAULTS, VISION_DEFAULTS
 from qwen3vl_convert.dims import Dims, read_config
 from qwen3vl_convert.errors import ConfigError, UnsupportedFormat
+from recorded import HEADERS
 
 PARAMETERS = {
     "2b": (2_127_532_032, 406_957_056),
@@ -34,7 +32,6 @@ PARAMETERS = {
 }
 
 
-@needs_shared
 @pytest.mark.parametrize("size", SIZES)
 def test_published_models(size: str) -> None:
     dims = Dims.from_config(published(size), size)
@@ -48,7 +45,6 @@ def test_published_models(size: str) -> None:
     assert (dims.rope_theta, dims.mrope_section, dims.dtype) == (5e6, (24, 20, 20), "bfloat16")
 
 
-@needs_shared
 @pytest.mark.parametrize("name", VARIANTS)
 def test_all_versions_of_transformers_save_the_same_sizes(name: str) -> None:
     oldest = name.rpartition("_")[0] + "_4.57.6"
@@ -299,9 +295,8 @@ def readable_here() -> list[Any]:
     return configs + [pytest.param(variant, name, id=name) for name in VARIANTS]
 
 
-@needs_shared
 @pytest.mark.transformers
-@pytest.mark.parametrize(("source", "name"), readable_here() if CONFIGS.is_dir() else [])
+@pytest.mark.parametrize(("source", "name"), readable_here())
 def test_transformers_reads_the_same_sizes(source: Any, name: str) -> None:
     if name.startswith("cfg_") and not name.endswith("4.57.6") and not is_5():
         pytest.skip("transformers 4.57 does not read what 5.x saves")

@@ -44,7 +44,7 @@ def load_into(model: "Qwen3VLForConditionalGeneration", weights: Iterable[tuple[
             raise DuplicateTensors(f"{name} is given twice. Leave out the file or the tensor that is not this model's.")
         given.add(name)
         if name in slots:
-            _put(name, slots[name], tensor)
+            _put(name, slots[name], tensor, model.device)
         elif name == OUTPUT[1]:  # only a tied model has no slot for it
             spare = tensor
         del tensor  # before the next one is read
@@ -86,7 +86,7 @@ def _experts(name: str, stack: re.Match[str], tensor: Tensor, dims: Dims) -> Ite
             yield f"{stack[1]}.{number}.up_proj.weight", expert[dims.expert_ffn :]
 
 
-def _put(name: str, slot: "Slot", tensor: Tensor) -> None:
+def _put(name: str, slot: "Slot", tensor: Tensor, device: torch.device) -> None:
     if tuple(tensor.shape) != slot.shape:
         raise MisshapenTensor(
             f"{name}: expected {slot.shape}, found {tuple(tensor.shape)}. Is the config that of these weights?"
@@ -96,7 +96,7 @@ def _put(name: str, slot: "Slot", tensor: Tensor) -> None:
             f"{name} is {str(tensor.dtype).removeprefix('torch.')}: expected bfloat16, float16 or float32. "
             "Quantised weights are not read; give the plain ones, which a quantization of the model rounds itself."
         )
-    slot.put(tensor)
+    slot.put(tensor.to(device))  # first: a copy to another device and dtype is rounded by the host
 
 
 def _check_given(wanted: Iterable[str], given: set[str]) -> None:

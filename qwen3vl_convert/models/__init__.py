@@ -6,14 +6,19 @@ Nothing of Megatron-Core is imported before one of these names is used.
 from importlib import import_module
 from typing import Any
 
+from qwen3vl_convert.installed import named
+
 _PLACES = {
     "Qwen3VLModel": "model",
     "Qwen3VLVisionModel": "vision_model",
     "Qwen3VLGPTModel": "text_model",
     "Qwen3VLTransformerConfig": "transformer_config",
     "get_vision_model_config": "transformer_config",
+    "Qwen3ModelProvider": "provider",
+    "Qwen3MoEModelProvider": "provider",
     "Qwen3VLModelProvider": "provider",
     "Qwen3VLMoEModelProvider": "provider",
+    "MegatronModelBridge": "bridge",
     "Qwen3VLBridge": "bridge",
     "Qwen3VLMoEBridge": "bridge",
     "AutoBridge": "auto_bridge",
@@ -28,7 +33,8 @@ __all__ = sorted(_PLACES)
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    with named(__name__):
+        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -25,7 +25,7 @@ from qwen3vl_convert.huggingface.config import config_json
 from qwen3vl_convert.huggingface.files import auxiliary_files, has_weights
 from qwen3vl_convert.huggingface.hub import resolve
 from qwen3vl_convert.manifest import read_manifest
-from qwen3vl_convert.mappings import MappingRegistry
+from qwen3vl_convert.mappings import MegatronMappingRegistry
 from qwen3vl_convert.megatron.checkpoint import iteration_folder, read_megatron
 from qwen3vl_convert.megatron.run_config import read_run_config
 from qwen3vl_convert.models.bridge_arguments import LOADING, check_arguments, dtype_option
@@ -218,9 +218,9 @@ class AutoBridge:
 
         return plain_config(self.to_megatron_provider(load_weights=False))
 
-    def mapping_registry(self) -> MappingRegistry:
+    def mapping_registry(self) -> MegatronMappingRegistry:
         """As the bridge's."""
-        found: MappingRegistry = self.bridge.mapping_registry()
+        found: MegatronMappingRegistry = self.bridge.mapping_registry()
         return found
 
     def to_megatron_provider(self, load_weights: bool | None = None, hf_path: str | Path | None = None) -> Any:

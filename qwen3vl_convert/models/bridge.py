@@ -20,7 +20,7 @@ import torch
 
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.huggingface.config import portable_config
-from qwen3vl_convert.mappings import MappingRegistry, mapping_registry
+from qwen3vl_convert.mappings import MegatronMappingRegistry, mapping_registry
 from qwen3vl_convert.megatron.run_config import provider_fields
 from qwen3vl_convert.model import HuggingFaceModel
 from qwen3vl_convert.models.live import Export, HFWeightTuple, Loaded, export_weights, load_weights, open_export
@@ -36,13 +36,19 @@ Provider = Qwen3VLModelProvider | Qwen3VLMoEModelProvider
 # ---- the bridges -----------------------------------------------------------------------------------------------------
 
 
-class _Bridge:
-    """What both families share. `hf`: a folder, a Hub id, or a config; see `read_source`."""
+class MegatronModelBridge:
+    """The base of bridges: settings, mappings and weights of the family that `model_type` names and `provider` builds.
+
+    `hf`: a folder, a Hub id, or a config; see `read_source`. UsageError for one of another family.
+    """
 
     model_type: ClassVar[str]
     provider: ClassVar[type[Provider]]
 
     def __init__(self, hf: Any = None, *, revision: str | None = None) -> None:
+        if type(self) is MegatronModelBridge:
+            names = ", ".join(bridge.__name__ for bridge in BRIDGES.values())
+            raise UsageError(f"MegatronModelBridge is the base of {names}: make one of those, or AutoBridge.")
         self.source = None if hf is None else self._own(read_source(hf, revision))
 
     def _own(self, source: Source) -> Source:
@@ -63,6 +69,7 @@ class _Bridge:
     def provider_bridge(self, hf_pretrained: Any) -> Any:
         """The provider that builds this model: every setting that its config decides, in whatever spelling.
 
+        Nothing is frozen, also where the provider's class freezes by default: what is converted is to be trained.
         Raises `ConfigError` for a config that contradicts itself, `UsageError` for one of the other family.
         """
         source = self._own(read_source(hf_pretrained))
@@ -86,7 +93,7 @@ class _Bridge:
         }
         return self.provider(**{name: value for name, value in fields.items() if name != "_target_"})
 
-    def mapping_registry(self) -> MappingRegistry:
+    def mapping_registry(self) -> MegatronMappingRegistry:
         """The mappings of this family, the same as those of `hf-to-megatron`; for one model, those that it needs."""
         if self.source is None:
             return mapping_registry(self.model_type)
@@ -169,21 +176,23 @@ class _Bridge:
         return open_export(model, source.dims, experts_layout=layout, dtype=dtype, source_dtypes=dtypes)
 
 
-class Qwen3VLBridge(_Bridge):
+class Qwen3VLBridge(MegatronModelBridge):
     """Bridge of the dense models, `Qwen3VLForConditionalGeneration`."""
 
     model_type = "qwen3_vl"
     provider = Qwen3VLModelProvider
 
 
-class Qwen3VLMoEBridge(_Bridge):
+class Qwen3VLMoEBridge(MegatronModelBridge):
     """Bridge of the Mixture-of-Experts models, `Qwen3VLMoeForConditionalGeneration`."""
 
     model_type = "qwen3_vl_moe"
     provider = Qwen3VLMoEModelProvider
 
 
-BRIDGES: dict[str, type[_Bridge]] = {bridge.model_type: bridge for bridge in (Qwen3VLBridge, Qwen3VLMoEBridge)}
+BRIDGES: dict[str, type[MegatronModelBridge]] = {
+    bridge.model_type: bridge for bridge in (Qwen3VLBridge, Qwen3VLMoEBridge)
+}
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

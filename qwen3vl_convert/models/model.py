@@ -20,7 +20,11 @@ from qwen3vl_convert.models.context_parallel import SequenceCut
 from qwen3vl_convert.models.positions import check_visual_tokens, decode_positions, get_rope_index
 from qwen3vl_convert.models.specs import patch_merger_spec, uses_transformer_engine, vision_layer_spec
 from qwen3vl_convert.models.text_model import Qwen3VLGPTModel
-from qwen3vl_convert.models.transformer_config import Qwen3VLTransformerConfig, get_vision_model_config
+from qwen3vl_convert.models.transformer_config import (
+    Qwen3VLTransformerConfig,
+    get_vision_model_config,
+    vision_config_of,
+)
 from qwen3vl_convert.models.vision_model import Qwen3VLVisionModel
 
 
@@ -59,7 +63,8 @@ class Qwen3VLModel(MegatronModule):  # type: ignore[misc]
 
     Parameters
     - `language_transformer_config`, `language_transformer_layer_spec` (`language_layer_spec`): of the text model.
-    - `vision_transformer_config`: the Hugging Face vision configuration, or an object with its attributes.
+    - `vision_transformer_config`: transformers' `Qwen3VLConfig` or the `vision_config` in it, or an object with its
+      attributes. The attribute of this name is the vision configuration, whichever was given.
     - `parallel_output`: leave logits cut over tensor parallel ranks (training); False gathers them.
     - `pre_process`, `post_process`: this stage has the embedding; the final norm and output layer.
     - `add_encoder`: this stage has the vision tower, if it also has `pre_process`. Without it the features come through
@@ -88,7 +93,7 @@ class Qwen3VLModel(MegatronModule):  # type: ignore[misc]
         config = language_transformer_config
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
-        self.vision_transformer_config = vision_transformer_config
+        self.vision_transformer_config = vision = vision_config_of(vision_transformer_config)
         self.pre_process, self.post_process = pre_process, post_process
         self.add_encoder, self.add_decoder = add_encoder, add_decoder
         self.vp_stage = vp_stage
@@ -97,8 +102,8 @@ class Qwen3VLModel(MegatronModule):  # type: ignore[misc]
         self.image_token_id = config.image_token_id
         self.video_token_id = config.video_token_id
         self.vision_start_token_id = config.vision_start_token_id
-        self.square_merge_size = vision_transformer_config.spatial_merge_size**2
-        self.deepstack_features = len(vision_transformer_config.deepstack_visual_indexes)
+        self.square_merge_size = vision.spatial_merge_size**2
+        self.deepstack_features = len(vision.deepstack_visual_indexes)
         self.encoder_hidden_state: Tensor | None = None
         self.share_embeddings_and_output_weights = config.share_embeddings_and_output_weights
         _check_context_parallel(config)

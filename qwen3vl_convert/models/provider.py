@@ -1,11 +1,16 @@
 """Providers: dataclasses that hold every setting of a model and its training, and build it.
 
 The fields are Megatron-Bridge's, with its defaults; a setting may be changed until `finalize`, which checks them all.
+
+    Qwen3ModelProvider         the text model: its settings, and the model by itself
+        Qwen3MoEModelProvider  the same with experts
+    Qwen3VLModelProvider       the first with a vision tower
+    Qwen3VLMoEModelProvider    the second with a vision tower
 """
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
@@ -34,8 +39,11 @@ def default_vision_config() -> Any:
 
 
 @dataclass
-class _Provider(Distributed, Qwen3VLTransformerConfig):
-    """What both providers share. Settings stay open until `finalize`; `provide` calls it if nobody did."""
+class Qwen3ModelProvider(Distributed, Qwen3VLTransformerConfig):
+    """Settings of the text model, which `provide` builds by itself. By default those of the 8B.
+
+    Settings stay open until `finalize`; `provide` calls it if nobody did.
+    """
 
     # Megatron-Core has no default for these; those of Megatron-Bridge's Qwen3 provider.
     num_layers: int = 36
@@ -66,18 +74,6 @@ class _Provider(Distributed, Qwen3VLTransformerConfig):
     attention_softmax_in_fp32: bool = True
     qk_layernorm: bool = True
     sequence_parallel: bool = False
-
-    vision_config: Any = field(default_factory=default_vision_config)
-    """The Hugging Face vision configuration, or an object with its attributes; it decides the tower's sizes."""
-    vision_end_token_id: int = 151653
-    bos_token_id: int = 151643
-    eos_token_id: int | list[int] = 151645
-
-    freeze_language_model: bool = False
-    freeze_vision_model: bool = False
-    freeze_vision_projection: bool = False
-    add_encoder: bool = True
-    add_decoder: bool = True
     parallel_output: bool = True
 
     def __post_init__(self) -> None:
@@ -106,9 +102,7 @@ class _Provider(Distributed, Qwen3VLTransformerConfig):
         self.apply_rope_fusion = False
 
     def _check(self) -> None:
-        vision = self.vision_config
         self._divides("num_attention_heads", self.num_attention_heads, "tensor_model_parallel_size")
-        self._divides("vision_config.num_heads", vision.num_heads, "tensor_model_parallel_size")
         self._divides("vocab_size", padded_vocab_size(self), "tensor_model_parallel_size")
         if 2 * sum(self.mrope_section) != self.kv_channels:
             raise ConfigError(
@@ -120,11 +114,6 @@ class _Provider(Distributed, Qwen3VLTransformerConfig):
                 "sequence_parallel: expected tensor_model_parallel_size of 2 or more, found 1. It cuts the sequence "
                 "over tensor parallel ranks; set it to False."
             )
-        if vision.out_hidden_size != self.hidden_size:
-            raise ConfigError(
-                f"vision_config.out_hidden_size: expected hidden_size {self.hidden_size}, found "
-                f"{vision.out_hidden_size}. Features take the place of embeddings, so the widths must be the same."
-            )
 
     def _divides(self, name: str, value: int, over: str) -> None:
         ranks = getattr(self, over)
@@ -133,30 +122,12 @@ class _Provider(Distributed, Qwen3VLTransformerConfig):
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
-    ) -> Qwen3VLModel:
-        """The model, or this rank's stage of it: `pre_process` and `post_process` come from the process groups if None.
+    ) -> Any:
+        """The text model with its embedding, or this rank's stage of it. Its `position_ids` are [3, B, S].
 
-        `vp_stage` is the chunk to build under a virtual pipeline. Parts that the settings freeze are frozen.
+        `pre_process` and `post_process` come from the process groups if None. `vp_stage` is the chunk to build under a
+        virtual pipeline.
         """
-        pre_process, post_process = self._stage(pre_process, post_process, vp_stage)
-        model = Qwen3VLModel(
-            language_transformer_config=self,
-            language_transformer_layer_spec=language_layer_spec(self),
-            vision_transformer_config=self.vision_config,
-            parallel_output=self.parallel_output,
-            pre_process=pre_process,
-            post_process=post_process,
-            add_encoder=self.add_encoder,
-            add_decoder=self.add_decoder,
-            vp_stage=vp_stage,
-        )
-        model.freeze(self.freeze_language_model, self.freeze_vision_model, self.freeze_vision_projection)
-        return model
-
-    def provide_language_model(
-        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
-    ) -> GPTModel:
-        """The text model alone, with its embedding; arguments as those of `provide`."""
         pre_process, post_process = self._stage(pre_process, post_process, vp_stage)
         return Qwen3VLGPTModel(
             self,
@@ -203,17 +174,9 @@ class _Provider(Distributed, Qwen3VLTransformerConfig):
 
 
 @dataclass
-class Qwen3VLModelProvider(_Provider):
-    """Settings of a dense Qwen3-VL. The defaults are the documented ones; a bridge sets those of a checkpoint."""
+class Qwen3MoEModelProvider(Qwen3ModelProvider):
+    """Settings of a Mixture-of-Experts text model. Every layer has experts."""
 
-    patch_size: int = 14
-
-
-@dataclass
-class Qwen3VLMoEModelProvider(_Provider):
-    """Settings of a Mixture-of-Experts Qwen3-VL. By default only the mergers are trained, as documented."""
-
-    pretrained_model_name: str = "Qwen/Qwen3-VL-30B-A3B-Instruct"
     num_moe_experts: int | None = 128
     moe_ffn_hidden_size: int | None = 768
     moe_router_topk: int = 8
@@ -228,10 +191,6 @@ class Qwen3VLMoEModelProvider(_Provider):
     moe_token_dispatcher_type: str = "alltoall"
     mlp_only_layers: list[int] = field(default_factory=list)
     decoder_sparse_step: int = 1
-
-    freeze_language_model: bool = True
-    freeze_vision_model: bool = True
-    freeze_vision_projection: bool = False
 
     persist_layer_norm: bool = True
     bias_activation_fusion: bool = True
@@ -264,3 +223,82 @@ class Qwen3VLMoEModelProvider(_Provider):
         self._divides("num_moe_experts", self.num_moe_experts or 0, "expert_model_parallel_size")
         if self.expert_tensor_parallel_size is not None:  # else Megatron-Core takes the tensor parallel size
             self._divides("moe_ffn_hidden_size", self.moe_ffn_hidden_size or 0, "expert_tensor_parallel_size")
+
+
+if TYPE_CHECKING:
+    _EitherText = Qwen3ModelProvider
+else:
+    _EitherText = object  # one of the two above stands behind the next class wherever it is used
+
+
+@dataclass
+class _WithTower(_EitherText):
+    """What a vision tower adds to the settings of either text model."""
+
+    vision_config: Any = field(default_factory=default_vision_config)
+    """The Hugging Face vision configuration, or an object with its attributes; it decides the tower's sizes."""
+    vision_end_token_id: int = 151653
+    bos_token_id: int = 151643
+    eos_token_id: int | list[int] = 151645
+
+    freeze_language_model: bool = False
+    freeze_vision_model: bool = False
+    freeze_vision_projection: bool = False
+    add_encoder: bool = True
+    add_decoder: bool = True
+
+    def _check(self) -> None:
+        super()._check()
+        vision = self.vision_config
+        self._divides("vision_config.num_heads", vision.num_heads, "tensor_model_parallel_size")
+        if vision.out_hidden_size != self.hidden_size:
+            raise ConfigError(
+                f"vision_config.out_hidden_size: expected hidden_size {self.hidden_size}, found "
+                f"{vision.out_hidden_size}. Features take the place of embeddings, so the widths must be the same."
+            )
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> Qwen3VLModel:
+        """The model, or this rank's stage of it: `pre_process` and `post_process` come from the process groups if None.
+
+        `vp_stage` is the chunk to build under a virtual pipeline. Parts that the settings freeze are frozen.
+        """
+        pre_process, post_process = self._stage(pre_process, post_process, vp_stage)
+        model = Qwen3VLModel(
+            language_transformer_config=self,
+            language_transformer_layer_spec=language_layer_spec(self),
+            vision_transformer_config=self.vision_config,
+            parallel_output=self.parallel_output,
+            pre_process=pre_process,
+            post_process=post_process,
+            add_encoder=self.add_encoder,
+            add_decoder=self.add_decoder,
+            vp_stage=vp_stage,
+        )
+        model.freeze(self.freeze_language_model, self.freeze_vision_model, self.freeze_vision_projection)
+        return model
+
+    def provide_language_model(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> GPTModel:
+        """The text model alone, with its embedding; arguments as those of `provide`."""
+        return super().provide(pre_process, post_process, vp_stage)
+
+
+@dataclass
+class Qwen3VLModelProvider(_WithTower, Qwen3ModelProvider):
+    """Settings of a dense Qwen3-VL. The defaults are the documented ones; a bridge sets those of a checkpoint."""
+
+    hidden_size: int = 2048
+    patch_size: int = 14
+
+
+@dataclass
+class Qwen3VLMoEModelProvider(_WithTower, Qwen3MoEModelProvider):
+    """Settings of a Mixture-of-Experts Qwen3-VL. By default only the mergers are trained, as documented."""
+
+    pretrained_model_name: str = "Qwen/Qwen3-VL-30B-A3B-Instruct"
+    freeze_language_model: bool = True
+    freeze_vision_model: bool = True
+    freeze_vision_projection: bool = False

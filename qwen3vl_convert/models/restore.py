@@ -62,7 +62,7 @@ class Restoring:
         for shard in found.shards:
             place = memory.as_strided(shard.data.shape, shard.data.stride(), shard.data.storage_offset())
             real = replace(shard, data=place)
-            fill_shard(real, job_of(real, self._jobs), self.plan, bytearray(PIECE_BYTES))
+            fill_shard(real, job_of(real, self._jobs), self.plan, bytearray(min(PIECE_BYTES, memory.nbytes)))
         return memory
 
     def expert(self, name: str, number: int) -> Tensor:

@@ -69,12 +69,20 @@ class Qwen3VLTransformerConfig(TransformerConfig):  # type: ignore[misc]
     """That length in patches. None: a quarter of `num_position_embeddings` (for a merge size of 2)."""
 
 
+def vision_config_of(config: Any) -> Any:
+    """The part of a Hugging Face configuration that is the tower's: of `Qwen3VLConfig` its `vision_config`."""
+    return getattr(config, "vision_config", config)
+
+
 def get_vision_model_config(vision_config: Any, megatron_config: Qwen3VLTransformerConfig) -> Qwen3VLTransformerConfig:
     """The vision tower's configuration: sizes from the Hugging Face `vision_config`, run-time settings from the text's.
+
+    `vision_config` may be the whole model's configuration, `Qwen3VLConfig`.
 
     The tower lives whole on the first pipeline stage and is cut by tensor parallelism only. Its norms have eps 1e-6 and
     its rotation runs in float32, as in transformers; neither is in the published configurations.
     """
+    vision_config = vision_config_of(vision_config)
     hidden_act = getattr(vision_config, "hidden_act", "gelu_pytorch_tanh")
     if hidden_act not in ACTIVATIONS:
         raise ConfigError(f"vision_config.hidden_act: expected one of {', '.join(ACTIVATIONS)}; found {hidden_act!r}.")

@@ -69,30 +69,51 @@ def _vision_forward_packed_attention_setup(
     grid_thw: Tensor,
     build_packed_seq_params: Callable[[Tensor], PackedSeqParams],
 ) -> tuple[PackedSeqParams | None, Tensor | None]:
-    """(packed_seq_params, attention_mask) for the layers: one of them is None.
+    """(packed_seq_params, attention_mask) for the layers of the tower: at most one of them is not None.
 
-    A captured graph takes tensors only, so where one is used (`use_cuda_graph_padding`) an additive mask
-    [1, 1, seq_len, seq_len] of hidden_states' dtype keeps frames apart and padding out of sight. It is left out where
-    nothing is to be kept apart: a single frame that fills the sequence.
+    A captured graph takes tensors only. So where one is used (`use_cuda_graph_padding`) `grid_thw` and
+    `build_packed_seq_params` are not touched: attention is over all of the padded sequence, and an additive mask
+    [1, 1, seq_len, seq_len] of hidden_states' dtype and device hides padding from everything, and everything from it:
+    0 between patches and the dtype's lowest number elsewhere, not -inf, of which a row of padding would be 0 / 0.
+    Without padding, `original_seq_len == seq_len`, there is no mask.
     """
     if not use_cuda_graph_padding:
         return build_packed_seq_params(grid_thw), None
-    packed = build_packed_seq_params(grid_thw)
-    if len(packed.cu_seqlens_q) == 2 and original_seq_len == seq_len:
+    if original_seq_len == seq_len:
         return None, None
-    at = torch.arange(seq_len, device=hidden_states.device)
-    frame = torch.bucketize(at, packed.cu_seqlens_q[1:], right=True)  # padding is one more frame
-    hidden = frame[:, None] != frame
-    mask = torch.zeros(seq_len, seq_len, dtype=hidden_states.dtype, device=hidden_states.device)
-    return None, mask.masked_fill_(hidden, torch.finfo(hidden_states.dtype).min)[None, None]
+    patch = torch.arange(seq_len, device=hidden_states.device) < original_seq_len
+    return None, _hiding(~(patch[:, None] & patch), hidden_states.dtype)
+
+
+def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """An additive mask [1, 1, S, S] from pairs [S, S] that must not see each other."""
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
+
+
+def _frames_apart(cu_seqlens: Tensor, mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+    """`mask`, and no frame sees another. cu_seqlens [frames + 1]; hidden_states gives length, dtype and device.
+
+    What follows the last frame is padding, which is one more frame here.
+    """
+    if len(cu_seqlens) == 2:
+        return mask
+    at = torch.arange(len(hidden_states), device=hidden_states.device)
+    frame = torch.bucketize(at, cu_seqlens[1:], right=True)
+    apart = _hiding(frame[:, None] != frame, hidden_states.dtype)
+    return apart if mask is None else torch.minimum(mask, apart)
 
 
 class Qwen3VLVisionModel(VisionModule):  # type: ignore[misc]
     """The ViT of Qwen3-VL.
 
     Parameters: the vision `transformer_config` (`get_vision_model_config`), the spec of one layer
-    (`vision_layer_spec`), the spec of a merger (`patch_merger_spec`). The tower is not cut by pipeline parallelism, so
-    `pre_process` and `post_process` are True; ValueError otherwise, and for context parallelism.
+    (`vision_layer_spec`), the spec of a merger (`patch_merger_spec`), process groups (Megatron-Core's by default).
+
+    Two things differ from what Megatron-Bridge's API reference says, and not from what it does:
+    - `pre_process` and `post_process` must be True. The tower is not cut into pipeline stages: deepstack mergers are
+      fed from its middle. ValueError otherwise, and for context parallelism.
+    - `forward` returns a pair, features and deepstack features, and not one tensor [b, s, h]: see there.
     """
 
     def __init__(
@@ -182,10 +203,12 @@ class Qwen3VLVisionModel(VisionModule):  # type: ignore[misc]
         return torch.stack((row, column), dim=1), size
 
     def _get_max_vision_seq_length(self) -> int:
-        """Patches of a CUDA graph: `max_vision_cuda_graph_seq_length`, or the position table over the merge unit."""
-        return self.config.max_vision_cuda_graph_seq_length or (  # type: ignore[no-any-return]
-            self.config.num_position_embeddings // self.spatial_merge_unit
-        )
+        """Patches of a CUDA graph: the config's `max_vision_cuda_graph_seq_length`; where it has none, None or 0, the
+        position table over the merge unit.
+        """
+        config = self.config
+        length = getattr(config, "max_vision_cuda_graph_seq_length", None)
+        return length or config.num_position_embeddings // config.spatial_merge_size**2  # type: ignore[no-any-return]
 
     def _uses_vision_cuda_graph(self) -> bool:
         """Whether the layers are captured: Transformer Engine's graphs, which Megatron-Core uses in training only."""
@@ -200,8 +223,10 @@ class Qwen3VLVisionModel(VisionModule):  # type: ignore[misc]
     ) -> tuple[Tensor, list[Tensor]]:
         """hidden_states: patches [S, channels * frames * patch * patch]; grid_thw [images, 3].
 
-        Returns features [S / m^2, h] of the text model's width and as many deepstack features. ValueError where pixels
-        and grid disagree. `inference_params` is there for the interface: the tower keeps nothing between calls.
+        Returns (features [S / m^2, h] of the text model's width, one such tensor for each deepstack merger). There is
+        no batch axis: the patches of all images are one sequence, and `grid_thw` says where each begins. ValueError
+        where pixels and grid disagree. `inference_params` is there for the interface: the tower keeps nothing between
+        calls. `extra_block_kwargs`: for the transformer block.
         """
         grid_thw = grid_thw.cpu()  # the one wait for the GPU, if the grids are there
         numbers = GridNumbers.of(grid_thw)
@@ -214,13 +239,15 @@ class Qwen3VLVisionModel(VisionModule):  # type: ignore[misc]
             hidden_states, angles, length = _maybe_pad_vision_sequence_for_cuda_graph(
                 hidden_states, angles, length, self._get_max_vision_seq_length()
             )
-        packed_seq_params, bias = _vision_forward_packed_attention_setup(
+        packed_seq_params, mask = _vision_forward_packed_attention_setup(
             padded, hidden_states[:, None], numbers.patches, length, grid_thw, self.build_packed_seq_params
         )
+        if padded:  # what the lengths of a packed sequence say otherwise
+            mask = _frames_apart(self.build_packed_seq_params(grid_thw).cu_seqlens_q, mask, hidden_states)
         hidden_states, deepstack = self.decoder(
             hidden_states=hidden_states[:, None],
             attention_mask=None,
-            attention_bias=bias,  # Transformer Engine has no attention mask beside `no_mask`, but a bias
+            attention_bias=mask,  # Transformer Engine has no attention mask beside `no_mask`, but a bias
             rotary_pos_emb=angles,
             packed_seq_params=packed_seq_params,
             **(extra_block_kwargs or {}),

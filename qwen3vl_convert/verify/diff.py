@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import InputError
 from qwen3vl_convert.fill import FillOptions, Progress
 from qwen3vl_convert.plan import Box, pieces
+from qwen3vl_convert.progress import Report
 from qwen3vl_convert.storage import DTYPES, Chunk
 from qwen3vl_convert.strided import Array
 from qwen3vl_convert.verify.canonical import Canonical, open_canonical, states_sizes
@@ -74,7 +75,7 @@ def diff(
     iteration_a: int | str | None = None,
     iteration_b: int | str | None = None,
     options: FillOptions | None = None,
-    report: Callable[[str, int, int], None] | None = None,
+    report: Report | None = None,
 ) -> DiffReport:
     """Compare two checkpoints of any formats, dtypes and layouts. Memory is `options.max_memory`.
 

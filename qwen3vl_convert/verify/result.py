@@ -1,6 +1,7 @@
 """What a verification found: values that the terminal, `--json` and the HTML report show, each in its way.
 
 Verification                 the whole answer
+├── Side                         what each checkpoint says that it is, Hugging Face's and Megatron's
 ├── WeightsReport                every tensor on disk; a `Difference` for each that is not equal
 └── LogitsReport                 what both models compute
     ├── PromptResult                 logits of one prompt
@@ -8,11 +9,26 @@ Verification                 the whole answer
     └── Place                        the first of them that is wrong, and why it may be
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 ULP_BUCKETS = ("1", "2", "3-4", "5-16", "17-256", "257-65536", "more")
 """Of `WeightsReport.ulps`: by how many units in the last place elements differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A checkpoint that was compared, as its headers tell it.
+
+    `layout`: the parallel sizes that it says it was written with, such as `TP2 PP1 EP2 ETP1`; "" where it says none.
+    `dtype`: that of its tensors, or all of them.
+    """
+
+    path: str
+    format: str
+    layout: str
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +102,13 @@ class PromptResult:
         """False for NaN too."""
         return self.max_abs <= self.allowed
 
+    @property
+    def severity(self) -> float:
+        """The difference as a multiple of what is allowed; infinite for NaN."""
+        if self.max_abs == 0:
+            return 0.0
+        return self.max_abs / self.allowed if self.allowed > 0 and not math.isnan(self.max_abs) else math.inf
+
 
 @dataclass(frozen=True, slots=True)
 class PointResult:
@@ -131,9 +154,12 @@ class Place:
 class LogitsReport:
     """Both models run on the same prompts. `reference` is the more exact dtype that `allowed` was derived with.
 
+    `programs`: what computed with the HF folder, and with the Megatron checkpoint, with versions.
     `mode`: "whole", "stream" or "parallel". `peak_bytes`: most memory of the process, or of the GPU where there is one.
+    `deepstack`: the blocks of the vision tower from which its deepstack mergers take, in the order of the mergers.
     """
 
+    programs: tuple[str, str]
     device: str
     dtype: str
     reference: str
@@ -145,15 +171,21 @@ class LogitsReport:
     notes: tuple[str, ...]
     seconds: float
     peak_bytes: int
+    deepstack: tuple[int, ...] = ()
 
     @property
     def equal(self) -> bool:
         return bool(self.prompts) and all(prompt.passed for prompt in self.prompts)
 
+    @property
+    def worst(self) -> PromptResult | None:
+        """The prompt whose logits are furthest beyond, or closest to, what is allowed; None where none was run."""
+        return max(self.prompts, key=lambda one: one.severity, default=None)
+
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The answer of `verify`: is this the same model?"""
+    """The answer of `verify`: is this the same model? `sides`: (HF, Megatron)."""
 
     huggingface: str
     megatron: str
@@ -161,6 +193,7 @@ class Verification:
     weights: WeightsReport
     logits: LogitsReport | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    sides: tuple[Side, ...] = ()
 
     @property
     def equal(self) -> bool:

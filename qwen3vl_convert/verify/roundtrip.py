@@ -1,12 +1,15 @@
 """The way there and back: convert, compare, convert back, convert again under another layout, compare.
 
-A Hugging Face source goes to Megatron and back, and what came back goes to Megatron once more: if both Megatron
-checkpoints have the source's bits, so has what lies between them. A Megatron source starts in the middle.
+A Hugging Face source goes to Megatron and back, and what came back goes to Megatron once more: both Megatron
+checkpoints, and what lies between them, must have the source's bits. A Megatron source starts in the middle.
+
+With logits, transformers' model of the Hugging Face folder and ours of the Megatron checkpoint are built and compared.
+That is once for a trip: what else it made has the same bits as one of these, and a model is what its bits make it.
 """
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,40 +21,74 @@ from qwen3vl_convert.fill import FillOptions
 from qwen3vl_convert.huggingface.hub import resolve
 from qwen3vl_convert.model import open_huggingface, open_megatron
 from qwen3vl_convert.parallel import ParallelLayout
-from qwen3vl_convert.verify.result import Verification
-from qwen3vl_convert.verify.verification import LogitsOptions, Report, check_installed, verify
+from qwen3vl_convert.progress import Report, within
+from qwen3vl_convert.verify.diff import DiffReport, diff
+from qwen3vl_convert.verify.result import LogitsReport, Verification
+from qwen3vl_convert.verify.verification import LogitsOptions, check_installed, processes, verify
 
 _CUTS = ("tp", "pp", "ep")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a round trip: what was done, and what a comparison found (None for a conversion)."""
+    """One step of a round trip, and what a comparison of it found: `found` of a folder with a Megatron checkpoint,
+    `changes` of two folders. A conversion has neither.
+    """
 
     name: str
     seconds: float
-    found: Verification | None
+    found: Verification | None = None
+    changes: DiffReport | None = None
 
     @property
     def equal(self) -> bool:
-        return self.found is None or self.found.equal
+        return all(one is None or one.equal for one in (self.found, self.changes))
 
 
 @dataclass(frozen=True, slots=True)
 class RoundTrip:
-    """All steps, as far as they were equal: the first that is not is the last."""
+    """All steps, as far as they were equal: the first that is not is the last. `built`: what the two models were made
+    of that `logits` compares, Hugging Face's first; `spared`: why no more were built, if that
+    was right. Empty without logits.
+    """
 
     source: str
     layouts: tuple[str, str]
     steps: tuple[Step, ...]
+    built: tuple[str, ...] = ()
+    spared: str = ""
 
     @property
     def equal(self) -> bool:
         return all(step.equal for step in self.steps)
 
+    @property
+    def compared(self) -> Verification | None:
+        """The comparison with which both models were built, if they were."""
+        return next((step.found for step in self.steps if step.found is not None and step.found.logits), None)
+
+    @property
+    def logits(self) -> LogitsReport | None:
+        return None if self.compared is None else self.compared.logits
+
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""
-        return {"equal": self.equal, **asdict(self)}
+        return {"equal": self.equal, **asdict(self), "models": None if self.logits is None else self._models()}
+
+    def _models(self) -> dict[str, Any]:
+        """Of the logits, what a reader asks first; all of it is in the step."""
+        assert self.logits is not None
+        found, worst = self.logits, self.logits.worst
+        return {
+            "equal": found.equal,
+            "programs": found.programs,
+            "weights": self.built,
+            "device": found.device,
+            "dtype": found.dtype,
+            "prompts": [one.name for one in found.prompts],
+            "max_abs": worst and worst.max_abs,
+            "allowed": worst and worst.allowed,
+        }
 
 
 def roundtrip(
@@ -71,10 +108,12 @@ def roundtrip(
 
     `layout` is that of the first Megatron checkpoint (default: cut in two wherever the model can be); the second has
     another. Checkpoints lie in a folder in `scratch` (default: where temporary files are) that is removed at the end,
-    also after an error. Raises what the conversions and `verify` raise.
+    also after an error. Raises what the conversions and `verify` raise, and `UsageError` under torchrun.
     """
+    if processes() > 1:
+        raise UsageError("roundtrip runs in one process: start it without torchrun.")
     if logits is not None:
-        check_installed(headless)
+        check_installed(headless, logits.model)
     run = RunOptions(options or FillOptions(), fsync=False)
     with tempfile.TemporaryDirectory(prefix="qwen3vl-convert-", dir=scratch) as folder:
         trip = _Trip(Path(folder), headless, logits, run, report)
@@ -103,13 +142,16 @@ class _Trip:
         first, back, second = (self.folder / name for name in ("there", "back", "again"))
 
         def steps() -> Iterator[Step]:
-            yield self._do(f"convert to Megatron, {there}", lambda: self._to_megatron(source, first, there))
+            yield self._to_megatron(f"convert to Megatron, {there}", source, first, there)
             yield self._compare("compare with the source", source, first, self.logits)
-            yield self._do("convert back", lambda: self._to_hf(first, back, source, None))
-            yield self._do(f"convert again, {other}", lambda: self._to_megatron(back, second, other))
-            yield self._compare("compare with the source", source, second, None)
+            yield self._to_hf("convert back", first, back, source, None)
+            yield self._to_megatron(f"convert again, {other}", back, second, other)
+            yield self._compare("compare that with the source", source, second, None)
+            yield self._diff("compare what came back", source, back)
 
-        return RoundTrip(str(source), (str(there), str(other)), _until_different(steps()))
+        built = (str(source), f"the Megatron checkpoint made of {source}")
+        spared = "The folder that came back is not built: it has the source's bits."
+        return self._trip(source, (str(there), str(other)), steps(), built, spared)
 
     def from_megatron(self, source: Path, config: str | Path | None, iteration: int | str | None) -> RoundTrip:
         dims = None if config is None else _dims_of(config)
@@ -118,17 +160,22 @@ class _Trip:
         back, again = self.folder / "back", self.folder / "again"
 
         def steps() -> Iterator[Step]:
-            yield self._do("convert to Hugging Face", lambda: self._to_hf(source, back, config, iteration))
+            yield self._to_hf("convert to Hugging Face", source, back, config, iteration)
             yield self._compare("compare with the source", back, source, self.logits, iteration)
-            yield self._do(f"convert to Megatron, {other}", lambda: self._to_megatron(back, again, other))
-            yield self._compare("compare with what came back", back, again, None)
+            yield self._to_megatron(f"convert to Megatron, {other}", back, again, other)
+            yield self._compare("compare that with what came back", back, again, None)
 
-        return RoundTrip(str(source), ("as it is", str(other)), _until_different(steps()))
+        built = (f"the Hugging Face folder made of {source}", str(source))
+        spared = "The Megatron checkpoint made of that folder is not built: it has the folder's bits."
+        return self._trip(source, ("as it is", str(other)), steps(), built, spared)
 
-    def _do(self, name: str, work: Callable[[], object]) -> Step:
-        began = time.monotonic()
-        work()
-        return Step(name, time.monotonic() - began, None)
+    def _trip(
+        self, source: str | Path, layouts: tuple[str, str], steps: Iterator[Step], built: tuple[str, ...], spared: str
+    ) -> RoundTrip:
+        done = _until_different(steps)
+        if self.logits is None:
+            return RoundTrip(str(source), layouts, done)
+        return RoundTrip(str(source), layouts, done, built, spared if all(step.equal for step in done) else "")
 
     def _compare(
         self,
@@ -141,18 +188,28 @@ class _Trip:
         began = time.monotonic()
         found = verify(
             theirs, ours, iteration=iteration, headless=self.headless, logits=logits, options=self.run.fill,
-            report=self.report,
+            report=within(self.report, name),
         )  # fmt: skip
-        return Step(name, time.monotonic() - began, found)
+        return Step(name, time.monotonic() - began, found=found)
 
-    def _to_megatron(self, source: str | Path, target: Path, layout: ParallelLayout) -> None:
-        hf_to_megatron(source, target, layout=layout, headless=self.headless, run=self.run, report=self.report)
+    def _diff(self, name: str, source: str | Path, back: Path) -> Step:
+        began = time.monotonic()
+        changes = diff(source, back, options=self.run.fill, report=within(self.report, name))
+        return Step(name, time.monotonic() - began, changes=changes)
 
-    def _to_hf(self, source: Path, target: Path, config: str | Path | None, iteration: int | str | None) -> None:
+    def _to_megatron(self, name: str, source: str | Path, target: Path, layout: ParallelLayout) -> Step:
+        began, report = time.monotonic(), within(self.report, name)
+        hf_to_megatron(source, target, layout=layout, headless=self.headless, run=self.run, report=report)
+        return Step(name, time.monotonic() - began)
+
+    def _to_hf(
+        self, name: str, source: Path, target: Path, config: str | Path | None, iteration: int | str | None
+    ) -> Step:
+        began, report = time.monotonic(), within(self.report, name)
         megatron_to_hf(
-            source, target, config=config, iteration=iteration, headless=self.headless, run=self.run,
-            report=self.report,
-        )  # fmt: skip
+            source, target, config=config, iteration=iteration, headless=self.headless, run=self.run, report=report
+        )
+        return Step(name, time.monotonic() - began)
 
 
 def _until_different(steps: Iterator[Step]) -> tuple[Step, ...]:

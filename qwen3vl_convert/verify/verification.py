@@ -7,23 +7,36 @@ found.equal
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.fill import FillOptions
 from qwen3vl_convert.huggingface.hub import resolve
+from qwen3vl_convert.inspection import (
+    HUGGINGFACE,
+    MEGATRON,
+    huggingface_dialect,
+    megatron_dialect,
+    sizes_said,
+    written_with,
+)
+from qwen3vl_convert.installed import need
 from qwen3vl_convert.model import HuggingFaceModel, MegatronModel, open_huggingface
-from qwen3vl_convert.verify.result import ULP_BUCKETS, LogitsReport, Verification, WeightsReport
+from qwen3vl_convert.progress import Report, begin
+from qwen3vl_convert.storage import StoredTensor
+from qwen3vl_convert.verify.result import ULP_BUCKETS, LogitsReport, Side, Verification, WeightsReport
 from qwen3vl_convert.verify.weights import compare_weights, open_beside
 
-Report = Callable[[str, int, int], None]
 _PACKAGES = ("qwen3vl-convert", "torch", "transformers", "megatron-core")
-_NEEDED = {"torch": "torch", "megatron.core": "megatron-core", "transformers": "transformers"}
-_SPARED = {"megatron": (), "inference": ("megatron",)}
-"""Modules that are not needed, by `LogitsOptions.model`."""
+_BUILT_WITH = {
+    "megatron": {"torch": "torch", "transformers": "transformers", "megatron.core": "megatron-core"},
+    "inference": {"torch": "torch", "transformers": "transformers"},
+}
+"""What is imported to build both models, and the packages that have it, by `LogitsOptions.model`."""
 _NOT_READ = WeightsReport(0, 0, (), {}, (0,) * len(ULP_BUCKETS), "", ())
 
 
@@ -63,24 +76,48 @@ def verify(
     logits: LogitsOptions | None = None,
     options: FillOptions | None = None,
     report: Report | None = None,
+    weights: WeightsReport | None = None,
 ) -> Verification:
     """Compare every weight of a HF folder, or Hub id, with a Megatron checkpoint of any layout; with `logits`, also
     what transformers' model and ours compute with them.
 
-    `dtype_tolerant`: dtypes may differ, and values must be exactly what rounding gives. Raises `InputError`'s kinds for
-    checkpoints that cannot be compared, `UsageError` where what `logits` needs is not installed.
+    `dtype_tolerant`: dtypes may differ, and values must be exactly what rounding gives. `weights`: what an earlier
+    `verify` of these two found of theirs, which are not read and compared again then: for logits in several dtypes, or
+    of several models. Raises `InputError`'s kinds for checkpoints that cannot be compared, `UsageError` where what
+    `logits` needs is not installed.
     """
     if logits is not None:
         check_installed(headless, logits.model)
     theirs = open_huggingface(resolve(huggingface, weights=True).folder, headless=headless)
     ours = open_beside(theirs, Path(megatron), iteration, headless)
-    weights = _NOT_READ
-    if logits is None or _rank() == 0:  # under torchrun the others go ahead and wait for the first
+    if weights is None and logits is not None and _rank() > 0:
+        weights = _NOT_READ  # under torchrun the others go ahead and wait for the first
+    elif weights is None:
         weights = compare_weights(theirs, ours, dtype_tolerant=dtype_tolerant, options=options, report=report)
     compared = None if logits is None else _compare_logits(theirs, ours, logits, weights, report)
     return Verification(
-        str(huggingface), str(megatron), theirs.model.dims.model_type, weights, compared, installed_versions()
+        huggingface=str(huggingface),
+        megatron=str(megatron),
+        model=theirs.model.dims.model_type,
+        weights=weights,
+        logits=compared,
+        versions=installed_versions(),
+        sides=(_their_side(str(huggingface), theirs), _our_side(str(megatron), ours)),
     )
+
+
+def _their_side(path: str, theirs: HuggingFaceModel) -> Side:
+    dialect = huggingface_dialect(theirs.checkpoint, theirs.model.experts_layout)
+    return Side(path, f"{HUGGINGFACE}; {dialect}", "", _dtypes(theirs.checkpoint.tensors.values()))
+
+
+def _our_side(path: str, ours: MegatronModel) -> Side:
+    found, dialect = ours.checkpoint, megatron_dialect(ours.checkpoint)
+    return Side(path, f"{MEGATRON}; {dialect}", sizes_said(written_with(found)), _dtypes(found.tensors.values()))
+
+
+def _dtypes(tensors: Iterable[StoredTensor]) -> str:
+    return ", ".join(sorted({tensor.dtype for tensor in tensors}))
 
 
 def _compare_logits(
@@ -90,7 +127,8 @@ def _compare_logits(
     weights: WeightsReport,
     report: Report | None,
 ) -> LogitsReport:
-    if _processes() > 1:
+    _import(options.model, report)
+    if processes() > 1:
         if options.model == "inference":
             raise UsageError("--model inference runs in one process: start it without torchrun.")
         from qwen3vl_convert.verify.logits.parallel import compare_logits_in_parallel
@@ -101,28 +139,29 @@ def _compare_logits(
     return compare_logits(theirs, ours, options, weights, report)
 
 
+def _import(model: str, report: Report | None) -> None:
+    """What both models are built with, which takes seconds, and from a cold disk tens of them."""
+    needed = _BUILT_WITH[model]
+    begin(report, f"import {', '.join(needed.values())}")
+    for module in needed:
+        import_module(module)
+
+
 def _rank() -> int:
     """This process among those that torchrun started."""
-    return int(os.environ.get("RANK", "0")) if _processes() > 1 else 0
+    return int(os.environ.get("RANK", "0")) if processes() > 1 else 0
 
 
-def _processes() -> int:
+def processes() -> int:
+    """How many torchrun started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_installed(headless: bool, model: str = "megatron") -> None:
-    """Raise `UsageError` unless both models can be built here."""
-    from importlib.util import find_spec
-
+    """Raise `UsageError`, or `NotInstalled`, unless both models can be built here."""
     if headless:
         raise UsageError("--logits with --headless: a model without an output layer has no logits. Leave one of them.")
-    needed = [(module, package) for module, package in _NEEDED.items() if not module.startswith(_SPARED[model])]
-    missing = [package for module, package in needed if find_spec(module.partition(".")[0]) is None]
-    if missing:
-        raise UsageError(
-            f"--logits builds both models, and {', '.join(missing)} is not installed. "
-            f"pip install 'qwen3vl-convert[megatron,transformers]'."
-        )
+    need("--logits", *_BUILT_WITH[model], "psutil")
 
 
 def installed_versions() -> dict[str, str]:

@@ -8,15 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from qwen3vl_convert.dims import Dims
-
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
-CONFIGS = SHARED / "reference" / "configs"
-HEADERS = SHARED / "reference" / "headers"
-GOLDEN = SHARED / "golden" / "huggingface"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared reference folder is not beside this checkout")
+from recorded import CONFIGS
 
 SIZES = ("2b", "4b", "8b", "32b", "30b", "235b")
 VARIANTS = tuple(

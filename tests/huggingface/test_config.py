@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 
 from huggingface.samples import (
-    CONFIGS,
     SIZES,
     VARIANTS,
     as_5,
-    needs_shared,
     published,
     tiny_config,
     variant,
@@ -19,6 +17,7 @@ from huggingface.samples import (
 )
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.huggingface.config import config_json, portable_config, rebuild_config
+from recorded import CONFIGS
 
 SOURCES = [(published, size) for size in SIZES] + [(variant, name) for name in VARIANTS]
 
@@ -33,7 +32,6 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     return {key: leaf for name, item in value.items() for key, leaf in leaves(item, f"{path}.{name}").items()}
 
 
-@needs_shared
 @pytest.mark.parametrize("size", SIZES)
 def test_published_bytes(size: str) -> None:
     text = (CONFIGS / f"{size}.config.json").read_text()
@@ -45,7 +43,6 @@ def test_published_bytes(size: str) -> None:
     assert "text_config.hidden_act = 'silu'" in filled
 
 
-@needs_shared
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_version_comes_out_in_the_hubs_form(name: str) -> None:
     config = variant(name)
@@ -197,7 +194,6 @@ def meaning(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@needs_shared
 @pytest.mark.transformers
 @pytest.mark.parametrize(("source", "name"), SOURCES, ids=[name for _, name in SOURCES])
 def test_both_generations_read_it_with_one_meaning(source: Any, name: str) -> None:
@@ -214,7 +210,6 @@ def test_both_generations_read_it_with_one_meaning(source: Any, name: str) -> No
         assert found["vision"]["depth"] == dims.vision_depth
 
 
-@needs_shared
 @pytest.mark.transformers
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_means_what_the_source_meant(name: str) -> None:

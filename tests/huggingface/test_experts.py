@@ -6,12 +6,9 @@ from typing import Any
 import pytest
 
 from huggingface.samples import (
-    GOLDEN,
-    HEADERS,
     Shapes,
     expert_shapes,
     model_shapes,
-    needs_shared,
     published,
     tiny_config,
     with_changes,
@@ -29,6 +26,7 @@ from qwen3vl_convert.huggingface.experts import LAYOUTS, experts_layout
 from qwen3vl_convert.huggingface.folder import read_folder
 from qwen3vl_convert.mappings import EXPERT_LAYOUTS
 from qwen3vl_convert.storage import StoredTensor
+from recorded import HEADERS, HUGGINGFACE
 
 LAYER = "model.language_model.layers."
 
@@ -85,14 +83,12 @@ def test_unknown_override() -> None:
         experts_layout({}, moe(), "V5")
 
 
-@needs_shared
 def test_golden_folders() -> None:
     for name, layout in (("moe", "hub"), ("moe-v5", "v5"), ("dense", "none"), ("dense-tied", "none")):
-        checkpoint = read_folder(GOLDEN / name)
+        checkpoint = read_folder(HUGGINGFACE / name)
         assert experts_layout(checkpoint.tensors, checkpoint.dims) == layout
 
 
-@needs_shared
 @pytest.mark.parametrize("size", ["30b", "235b"])
 def test_published_models(size: str) -> None:
     import json

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from huggingface.samples import GOLDEN, make_folder, model_shapes, needs_shared, save, tiny_config, write_index
+from huggingface.samples import make_folder, model_shapes, save, tiny_config, write_index
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import (
     ConfigError,
@@ -22,6 +22,7 @@ from qwen3vl_convert.errors import (
     UnsupportedFormat,
 )
 from qwen3vl_convert.huggingface.folder import read_folder
+from recorded import HUGGINGFACE
 
 CONFIG = tiny_config()
 SHAPES = model_shapes(Dims.from_config(CONFIG))
@@ -43,10 +44,9 @@ def index_of(folder: Path) -> dict[str, str]:
     return dict(json.loads((folder / INDEX).read_text())["weight_map"])
 
 
-@needs_shared
 @pytest.mark.parametrize("name", ["dense", "dense-tied", "moe", "moe-v5"])
 def test_golden_folders(name: str) -> None:
-    checkpoint = read_folder(GOLDEN / name)
+    checkpoint = read_folder(HUGGINGFACE / name)
     assert set(checkpoint.tensors) == set(model_shapes(checkpoint.dims, "v5" if name == "moe-v5" else "hub"))
     assert checkpoint.prefix == "hub"
     assert checkpoint.notes == ()

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from huggingface.samples import GOLDEN, needs_shared
 from qwen3vl_convert.errors import CorruptFile, InputError
 from qwen3vl_convert.huggingface.safetensors import Entry, file_order, header_bytes, read_header
 from qwen3vl_convert.storage import DTYPES
+from recorded import HUGGINGFACE
 
 WIDE = ("uint16", "uint32", "uint64", "complex64", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz")
 NAMES = ("a", "a.10", "a.2", "B", 'quote"back\\slash', "tab\tline\n\x01", "ü€😀", "model.layers.0.weight", "\x7f/")
@@ -69,9 +69,8 @@ def test_packed_floats_of_four_bits(tmp_path: Path) -> None:
     assert (entry.dtype, entry.shape, entry.stop - entry.start) == ("float4_e2m1fn_x2", (16,), 8)
 
 
-@needs_shared
 @pytest.mark.parametrize(
-    "file", sorted(GOLDEN.rglob("*.safetensors")), ids=lambda file: f"{file.parent.name}/{file.name}"
+    "file", sorted(HUGGINGFACE.rglob("*.safetensors")), ids=lambda file: f"{file.parent.name}/{file.name}"
 )
 def test_golden_files(file: Path) -> None:
     header = read_header(file)

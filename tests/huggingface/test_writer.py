@@ -9,11 +9,12 @@ import pytest
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
 
-from huggingface.samples import HEADERS, SIZES, model_shapes, needs_shared, published, tiny_config
+from huggingface.samples import SIZES, model_shapes, published, tiny_config
 from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.huggingface.safetensors import Entry, header_bytes
 from qwen3vl_convert.huggingface.writer import file_names, hub_order, index_json, plan_files, split_files
+from recorded import HEADERS
 
 GB = 10**9
 
@@ -31,7 +32,6 @@ def file_size(entries: list[Entry]) -> int:
     return len(header) + int(max(entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"))
 
 
-@needs_shared
 @pytest.mark.parametrize(
     ("size", "sizes"),
     [
@@ -46,7 +46,6 @@ def test_published_files(size: str, sizes: list[int]) -> None:
     assert list(files) == file_names(len(sizes))
 
 
-@needs_shared
 @pytest.mark.parametrize(
     ("size", "total", "length", "sha256"),
     [("4b", 8_875_631_616, 64_742, "58a7841d"), ("8b", 17_534_247_392, 67_759, "520b2e05")],
@@ -57,13 +56,11 @@ def test_published_index(size: str, total: int, length: int, sha256: str) -> Non
     assert hashlib.sha256(text.encode()).hexdigest().startswith(sha256)
 
 
-@needs_shared
 @pytest.mark.parametrize(("size", "count"), [("32b", 14), ("30b", 13)])
 def test_published_number_of_files(size: str, count: int) -> None:
     assert len(split_files(entries_of(size), 5 * GB)) == count
 
 
-@needs_shared
 @pytest.mark.parametrize("size", SIZES)
 def test_order_lists_exactly_the_names_given(size: str) -> None:
     header = json.loads((HEADERS / f"{size}.json").read_text())["tensors"]

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import warnings
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -120,7 +121,9 @@ def needs(*packages: str) -> None:
     """Skip the test where one of them is not installed, or is and cannot be used."""
     for name in packages:
         try:
-            import_module(name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                import_module(name)
         except (ImportError, RuntimeError, OSError) as cause:
             pytest.skip(f"needs {name}: {cause}")
 

@@ -167,7 +167,6 @@ def test_tokens_in_tokens_out(made: Made) -> None:
 
 
 def test_a_picture_is_seen(made: Made, tmp_path: Path) -> None:
-    needs("PIL")
     one, other = png(tmp_path / "a.png"), png(tmp_path / "b.png", number=2)
     answers = [json_of(made.run, "What?", "--image", path, "--max-new-tokens", 12) for path in (one, other)]
     assert answers[0]["prompt_tokens"] == 24 + 6 + 2  # six marks, and one at either end; both prompts have five letters
@@ -321,7 +320,6 @@ def answer_to(made: Made, token_ids: list[int]) -> list[int]:
 
 
 def test_a_picture_in_a_chat(made: Made, tmp_path: Path) -> None:
-    needs("PIL")
     path = png(tmp_path / "with space.png")
     told = chat(made, f"/image '{path}'", "What?", "And?", "/reset", "What?").stderr.splitlines()
     counts = [line.split()[0] for line in told if "tokens in" in line]

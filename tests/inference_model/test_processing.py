@@ -1,6 +1,6 @@
 """Prompts as the checkpoint's own processor makes them: texts, pictures, videos, from files of either generation.
 
-What needs pillow, torchvision or a decoder of videos is skipped where they are missing.
+What needs torchvision or a decoder of videos is skipped where they are missing: `make test-newest` has them.
 """
 
 import base64
@@ -289,7 +289,6 @@ def visual(found: Prepared) -> Any:
 
 
 def test_a_picture_takes_as_many_tokens_as_it_has_patches(folder: Path, tmp_path: Path) -> None:
-    needs("PIL")
     found = prepared(folder, Message("user", "What?", (png(tmp_path / "a.png", 96, 64),)))
     marks = "<|vision_start|>" + 6 * "<|image_pad|>" + "<|vision_end|>"
     assert found.text == f"<|im_start|>user\n{marks}What?<|im_end|>\n<|im_start|>assistant\n"
@@ -301,7 +300,6 @@ def test_a_picture_takes_as_many_tokens_as_it_has_patches(folder: Path, tmp_path
 
 def test_pixels_are_those_of_the_picture(published: Path, tmp_path: Path) -> None:
     """Nothing to resize: a patch, by hand. Two rows and columns of patches lie together, which later are one token."""
-    needs("PIL", "numpy")
     import numpy as np
 
     found = visual(prepared(published, Message("user", "?", (png(tmp_path / "a.png", 96, 64),))))
@@ -311,7 +309,6 @@ def test_pixels_are_those_of_the_picture(published: Path, tmp_path: Path) -> Non
 
 
 def test_several_pictures_keep_their_order_over_turns(published: Path, tmp_path: Path) -> None:
-    needs("PIL")
     one, two, three = (png(tmp_path / f"{n}.png", 64 + 32 * n, 64, n) for n in range(3))
     turns = Message("user", "A", (one, two)), Message("assistant", "B"), Message("user", "C", (three, one))
     found = prepared(published, *turns)
@@ -322,7 +319,6 @@ def test_several_pictures_keep_their_order_over_turns(published: Path, tmp_path:
 
 
 def test_a_data_url_is_the_file(published: Path, tmp_path: Path) -> None:
-    needs("PIL")
     path = png(tmp_path / "a.png")
     quoted = "data:image/png," + "".join(f"%{byte:02x}" for byte in path.read_bytes())
     spelled = data_url(path).replace("+", "%2B").replace("base64,", "base64,\n")
@@ -334,7 +330,6 @@ def test_a_data_url_is_the_file(published: Path, tmp_path: Path) -> None:
 
 def test_pictures_are_upright_and_in_colour(published: Path, tmp_path: Path) -> None:
     """A camera's photograph lies on its side and says so; a palette and transparency become colours."""
-    needs("PIL")
     image = picture(96, 64)
     exif = import_module("PIL.Image").Exif()
     exif[0x0112] = 6
@@ -349,7 +344,6 @@ def test_pictures_are_upright_and_in_colour(published: Path, tmp_path: Path) -> 
 
 def test_sizes_are_those_of_the_settings(folder: Path, tmp_path: Path) -> None:
     """At least 4096 pixels and at most 262144, in multiples of 32, with and without torchvision."""
-    needs("PIL")
     grids = []
     for width, height in ((20, 30), (100, 100), (1500, 1000)):
         path = png(tmp_path / f"{width}.png", width, height)
@@ -357,10 +351,11 @@ def test_sizes_are_those_of_the_settings(folder: Path, tmp_path: Path) -> None:
     assert grids == [[1, 6, 4], [1, 6, 6], [1, 26, 38]]
 
 
+@pytest.mark.torchvision
 def test_the_variant_on_pillow_makes_the_same_but_for_rounding(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs("PIL", "torchvision")
+    needs("torchvision")
     path = png(tmp_path / "a.png", 300, 200)
     best = visual(prepared(published, Message("user", "?", (path,))))
     monkeypatch.setattr(pixels, "installed", lambda module: module != "torchvision")
@@ -370,7 +365,6 @@ def test_the_variant_on_pillow_makes_the_same_but_for_rounding(
 
 
 def test_places_of_pictures_may_be_said_in_a_raw_prompt(published: Path, tmp_path: Path) -> None:
-    needs("PIL")
     path = png(tmp_path / "a.png", 64, 64)
     mark, marks = "<|image_pad|>", 4 * "<|image_pad|>"
     assert (
@@ -385,7 +379,6 @@ def test_places_of_pictures_may_be_said_in_a_raw_prompt(published: Path, tmp_pat
 
 
 def test_settings_that_are_missing_or_of_another_model_are_errors(published: Path, tmp_path: Path) -> None:
-    needs("PIL")
     message = Message("user", "?", (png(tmp_path / "a.png"),))
     edit(published / "preprocessor_config.json", patch_size=14)
     with pytest.raises(InputError, match="makes patches of 1176 values, expected 1536"):
@@ -399,7 +392,6 @@ def test_settings_that_are_missing_or_of_another_model_are_errors(published: Pat
 
 
 def test_a_tokenizer_without_marks_takes_no_pictures(tmp_path: Path) -> None:
-    needs("PIL")
     folder = write_files(tmp_path / "files", special=("<|a|>", "<|b|>", "<|c|>", "<|d|>", "<|im_start|>", "<|im_end|>"))
     assert prepared(folder, HELLO).text == ASKED
     with pytest.raises(InputError, match=r"tokens 500, 501, 502, 503 are <\|a\|>, .* expected <\|image_pad\|>"):
@@ -426,7 +418,6 @@ def test_what_is_no_picture_file(source: str) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"RIFF\x00\x00\x00\x00WEBP"])
 def test_bytes_that_are_no_picture_are_an_error(content: bytes, tmp_path: Path) -> None:
-    needs("PIL")
     (tmp_path / "a.png").write_bytes(content)
     url = "data:image/png;base64," + base64.b64encode(content + b"some more, so that the address gets long").decode()
     for source in (tmp_path / "a.png", url):
@@ -436,7 +427,6 @@ def test_bytes_that_are_no_picture_are_an_error(content: bytes, tmp_path: Path) 
 
 
 def test_a_cut_off_picture_is_an_error(tmp_path: Path) -> None:
-    needs("PIL")
     path = png(tmp_path / "a.png", 200, 200)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(InputError, match="expected a picture that pillow can read"):
@@ -477,9 +467,10 @@ def film(path: Path, frames: int = 20, rate: int = 10) -> Path:
     return path
 
 
+@pytest.mark.torchvision
 def test_a_video_has_a_time_before_each_frame(folder: Path, tmp_path: Path) -> None:
     """Two frames a second, at least four, two of which make a step: 0, 6, 13 and 19 tenths of a second."""
-    needs("PIL", "torchvision", "av")
+    needs("torchvision", "av")
     found = prepared(folder, Message("user", "?", videos=(film(tmp_path / "a.mp4"),)))
     frame = "<|vision_start|>" + 12 * "<|video_pad|>" + "<|vision_end|>"
     assert found.text == (
@@ -503,8 +494,9 @@ def test_times_are_the_published_ones(frames: list[int], fps: float, seconds: tu
     assert pixels.timestamps(frames, fps, 2) == seconds
 
 
+@pytest.mark.torchvision
 def test_a_video_that_is_none_is_an_error(published: Path, tmp_path: Path) -> None:
-    needs("PIL", "torchvision", "av")
+    needs("torchvision", "av")
     (tmp_path / "a.mp4").write_bytes(b"no video at all")
     with pytest.raises(InputError, match=r"a.mp4: expected a video that \w+ can decode, found none"):
         prepared(published, Message("user", "?", videos=(tmp_path / "a.mp4",)))
@@ -528,12 +520,13 @@ FRAMES = r"(?:<[\d.]+ seconds><\|vision_start\|>(?:<\|video_pad\|>)+<\|vision_en
 AROUND = rf"<\|vision_start\|>({FRAMES})<\|vision_end\|>"
 
 
+@pytest.mark.torchvision
 def test_prompts_are_those_of_transformers_processor(published: Path, tmp_path: Path) -> None:
     """Tokens and pixels of a chat with everything, by Qwen3VLProcessor with the same settings.
 
     5.23 leaves the marks around all of a video in place, which 4.57, and with it the training, replaced: not followed.
     """
-    needs("PIL", "torchvision", "av")
+    needs("torchvision", "av")
     transformers: Any = import_module("transformers")
     one, two, clip = png(tmp_path / "a.png", 300, 200), png(tmp_path / "b.png", 70, 90), film(tmp_path / "a.mp4", 33)
     chat = Message("user", "See: ", (one,), (clip,)), Message("assistant", "Yes."), Message("user", "And 这个?", (two,))

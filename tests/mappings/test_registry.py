@@ -12,7 +12,7 @@ from qwen3vl_convert.errors import UnknownTensors, UsageError
 from qwen3vl_convert.mappings import (
     AutoMapping,
     ExpertMLPGateUpProjMapping,
-    MappingRegistry,
+    MegatronMappingRegistry,
     QKVMapping,
     ReplicatedMapping,
     mapping_registry,
@@ -20,21 +20,22 @@ from qwen3vl_convert.mappings import (
     unregister_mapping,
 )
 from qwen3vl_convert.mappings.qwen3_vl import DENSE, MOE, TABLES, TEXT, VISION
+from recorded import CONFIGS, HEADERS
 
 PUBLISHED = ["2b", "4b", "8b", "32b", "30b", "235b"]
 
 
-def header(shared: Path, name: str) -> tuple[dict[str, tuple[int, ...]], Dims]:
+def header(name: str) -> tuple[dict[str, tuple[int, ...]], Dims]:
     """Names and shapes of a published model's tensors, as its repository lists them, and its sizes."""
-    listed = json.loads((shared / "reference" / "headers" / f"{name}.json").read_text())
+    listed = json.loads((HEADERS / f"{name}.json").read_text())
     tensors = next(value for value in listed.values() if isinstance(value, dict))
-    dims = Dims.from_config(json.loads((shared / "reference" / "configs" / f"{name}.config.json").read_text()), name)
+    dims = Dims.from_config(json.loads((CONFIGS / f"{name}.config.json").read_text()), name)
     return {key: tuple(shape) for key, shape in tensors.items()}, dims
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_are_covered_exactly(shared: Path, name: str) -> None:
-    tensors, dims = header(shared, name)
+def test_published_models_are_covered_exactly(name: str) -> None:
+    tensors, dims = header(name)
     registry = mapping_registry(dims.model_type, attention_bias=dims.attention_bias, head=not dims.tied)
     assert registry.hf_names(dims.sizes()) == tensors
     for tensor in tensors:
@@ -43,8 +44,8 @@ def test_published_models_are_covered_exactly(shared: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_both_sides_have_as_many_elements(shared: Path, name: str) -> None:
-    tensors, dims = header(shared, name)
+def test_both_sides_have_as_many_elements(name: str) -> None:
+    tensors, dims = header(name)
     registry = mapping_registry(dims.model_type, attention_bias=dims.attention_bias, head=not dims.tied)
     sizes = dims.sizes()
     ours = sum(
@@ -95,7 +96,7 @@ def test_order_does_not_decide() -> None:
     one, other = ReplicatedMapping("a.*.w", "b.*.w"), ReplicatedMapping("a.0.w", "c.w")
     for order in ((one, other), (other, one)):
         with pytest.raises(UsageError, match="is claimed twice"):
-            MappingRegistry(order)
+            MegatronMappingRegistry(*order)
 
 
 @pytest.fixture

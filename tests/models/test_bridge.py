@@ -31,6 +31,7 @@ from qwen3vl_convert import Dims, ParallelLayout, RunOptions, hf_to_megatron, ma
 from qwen3vl_convert.errors import ConfigError, UsageError
 from qwen3vl_convert.make import SIZES
 from qwen3vl_convert.mappings import mapping_registry
+from recorded import CONFIGS
 from reference import load_huggingface
 
 pytestmark = pytest.mark.megatron
@@ -303,21 +304,16 @@ def check_settings(provider: Any, config: dict[str, Any]) -> None:
     assert type(provider).__name__ == ("Qwen3VLMoEModelProvider" if moe else "Qwen3VLModelProvider")
 
 
-@pytest.fixture
-def configs(shared: Path) -> Path:
-    return shared / "reference" / "configs"
-
-
 @pytest.mark.transformers
 @pytest.mark.parametrize("size", PUBLISHED)
 @pytest.mark.parametrize("given", ["folder", "dict", "config object", "model", "wrapper"])
-def test_settings_of_the_published_models(configs: Path, tmp_path: Path, size: str, given: str) -> None:
+def test_settings_of_the_published_models(tmp_path: Path, size: str, given: str) -> None:
     """In whatever form the config comes, as a folder or as transformers' object of the installed generation."""
     import transformers
 
     from qwen3vl_convert.models import AutoBridge, Qwen3VLBridge, Qwen3VLMoEBridge
 
-    config = json.loads((configs / f"{size}.config.json").read_text())
+    config = json.loads((CONFIGS / f"{size}.config.json").read_text())
     moe = config["model_type"] == "qwen3_vl_moe"
     (tmp_path / "config.json").write_text(json.dumps(config))
     kind = transformers.Qwen3VLMoeConfig if moe else transformers.Qwen3VLConfig
@@ -338,12 +334,12 @@ def test_settings_of_the_published_models(configs: Path, tmp_path: Path, size: s
 
 @pytest.mark.parametrize("generation", ["4.57.6", "5.3.0", "5.17.0", "5.23.0"])
 @pytest.mark.parametrize("kind", ["dense_tied", "dense_untied", "moe"])
-def test_every_spelling_gives_the_same_settings(configs: Path, kind: str, generation: str) -> None:
+def test_every_spelling_gives_the_same_settings(kind: str, generation: str) -> None:
     """The same model, written by four generations of transformers."""
     from qwen3vl_convert.models import AutoBridge
 
     def provider(generation: str) -> Any:
-        path = configs / "variants" / f"cfg_{kind}_{generation}.json"
+        path = CONFIGS / "variants" / f"cfg_{kind}_{generation}.json"
         found = vars(AutoBridge.from_hf_config(json.loads(path.read_text())).to_megatron_provider())
         return {name: value for name, value in found.items() if name not in ("vision_config", "hf_text_config")}
 
@@ -352,12 +348,12 @@ def test_every_spelling_gives_the_same_settings(configs: Path, kind: str, genera
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_settings_without_transformers(configs: Path, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_without_transformers(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     from qwen3vl_convert.models import AutoBridge
 
-    config = json.loads((configs / f"{size}.config.json").read_text())
+    config = json.loads((CONFIGS / f"{size}.config.json").read_text())
     monkeypatch.setitem(sys.modules, "transformers", None)
     provider = AutoBridge.from_hf_config(config).to_megatron_provider()
     assert "transformers" not in type(provider.vision_config).__module__

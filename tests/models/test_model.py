@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.build import lone_process, provider
+from models.build import lone_process, provider, text_settings
 from qwen3vl_convert.errors import ConfigError
 from qwen3vl_convert.make import SIZES
 
@@ -76,9 +76,7 @@ def test_keys_and_shapes_are_those_that_megatron_bridge_wrote(name: str, golden_
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    stored = (
-        FileSystemReader(found_or_skip(golden_megatron / name) / "iter_0000000").read_metadata().state_dict_metadata
-    )
+    stored = FileSystemReader(golden_megatron / name / "iter_0000000").read_metadata().state_dict_metadata
     model = provider(GOLDEN[name], dtype=torch.bfloat16).provide()
     found: dict[str, Any] = {}
     for part in sharded_parts(model):
@@ -93,13 +91,6 @@ def test_keys_and_shapes_are_those_that_megatron_bridge_wrote(name: str, golden_
         if not key.startswith("common_state")
     }
     assert found == expected
-
-
-def found_or_skip(folder: Path) -> Path:
-    """The repository carries some of the golden checkpoints, the folder beside it all."""
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
-    return folder
 
 
 def sharded_parts(model: Any) -> list[Any]:
@@ -398,6 +389,39 @@ def test_the_text_model_can_be_had_alone(model: Any) -> None:
     alone.load_state_dict(model.language_model.state_dict())
     positions = torch.arange(12).expand(3, 1, 12)
     same(alone(input_ids=text(), position_ids=positions, attention_mask=None), model(text()))
+
+
+@BOTH
+def test_the_text_model_s_own_provider_builds_the_same(model: Any) -> None:
+    from qwen3vl_convert.models import Qwen3ModelProvider, Qwen3MoEModelProvider
+
+    dims, kind = (MOE, Qwen3MoEModelProvider) if model.config.num_moe_experts else (DENSE, Qwen3ModelProvider)
+    settings = kind(**text_settings(dims))
+    assert not hasattr(settings, "vision_config")
+    alone = settings.provide().eval()
+    alone.load_state_dict(model.language_model.state_dict())
+    positions = torch.arange(12).expand(3, 1, 12)
+    same(alone(input_ids=text(), position_ids=positions, attention_mask=None), model(text()))
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("dims", [DENSE, MOE], ids=["dense", "moe"])
+def test_transformers_configurations_say_what_the_tower_is(dims: Any) -> None:
+    """The whole model's and the tower's alone, of either family."""
+    import transformers
+
+    from qwen3vl_convert.models import Qwen3VLModel
+    from qwen3vl_convert.models.specs import language_layer_spec
+
+    settings = provider(dims)
+    settings.finalize()
+    kind = transformers.Qwen3VLMoeConfig if dims.moe else transformers.Qwen3VLConfig
+    whole = kind(vision_config=vars(settings.vision_config))
+    expected = {name: tensor.shape for name, tensor in settings.provide().named_parameters()}
+    for given in (whole, whole.vision_config, settings.vision_config):
+        model = Qwen3VLModel(settings, language_layer_spec(settings), vision_transformer_config=given)
+        assert {name: tensor.shape for name, tensor in model.named_parameters()} == expected
+        assert model.vision_transformer_config is (whole.vision_config if given is whole else given)
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +150,22 @@ def test_length_of_a_graph(captured: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert captured._get_max_vision_seq_length() == captured.config.num_position_embeddings // 4
 
 
+@pytest.mark.parametrize(
+    ("settings", "length"),
+    [({}, 576), ({"length": None}, 576), ({"length": 0}, 576), ({"length": 100}, 100), ({"merge": 3}, 256)],
+    ids=str,
+)
+def test_length_of_a_graph_is_known_from_the_config_alone(settings: dict[str, Any], length: int) -> None:
+    """Of any object with the attributes, the length's own left out or not."""
+    from qwen3vl_convert.models.vision_model import Qwen3VLVisionModel
+
+    config = SimpleNamespace(num_position_embeddings=2304, spatial_merge_size=settings.get("merge", 2))
+    if "length" in settings:
+        config.max_vision_cuda_graph_seq_length = settings["length"]
+    tower: Any = SimpleNamespace(config=config)
+    assert Qwen3VLVisionModel._get_max_vision_seq_length(tower) == length
+
+
 def test_padding_adds_zeros_at_the_end() -> None:
     from qwen3vl_convert.models.vision_model import _maybe_pad_vision_sequence_for_cuda_graph as pad
 
@@ -178,19 +195,77 @@ def test_attention_setup_without_graphs_is_packed(tower: Any) -> None:
     assert packed.cu_seqlens_q.tolist() == [0, 4, 8]
 
 
-def test_attention_setup_with_graphs_is_a_mask_that_keeps_frames_apart(tower: Any) -> None:
+def not_to_be_called(*_: Any) -> Any:
+    raise AssertionError("a captured graph takes no packed sequences")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_attention_setup_with_graphs_hides_padding_and_nothing_else(dtype: torch.dtype) -> None:
+    """Whatever the grid says: nobody asks it, nor the callback."""
     from qwen3vl_convert.models.vision_model import _vision_forward_packed_attention_setup as setup
 
-    grid, hidden = torch.tensor([[2, 2, 2]]), torch.zeros(9, 1, 4, dtype=torch.bfloat16)
-    packed, mask = setup(True, hidden, 8, 9, grid, tower.build_packed_seq_params)
+    grid: Any = None
+    packed, mask = setup(True, torch.zeros(9, 1, 4, dtype=dtype), 7, 9, grid, not_to_be_called)
     assert packed is None
     assert mask is not None
-    assert (mask.dtype, mask.shape) == (torch.bfloat16, (1, 1, 9, 9))
-    seen = mask[0, 0] == 0
-    assert torch.equal(seen, torch.block_diag(torch.ones(4, 4), torch.ones(4, 4), torch.ones(1, 1)).bool())
-    assert (mask[0, 0][~seen] == torch.finfo(torch.bfloat16).min).all()
-    alone = setup(True, hidden[:4], 4, 4, torch.tensor([[1, 2, 2]]), tower.build_packed_seq_params)
-    assert alone == (None, None)
+    assert (mask.dtype, mask.shape) == (dtype, (1, 1, 9, 9))
+    expected = torch.full((9, 9), torch.finfo(dtype).min, dtype=dtype)
+    expected[:7, :7] = 0
+    assert torch.equal(mask[0, 0], expected)
+    assert setup(True, torch.zeros(9, 1, 4, dtype=dtype), 9, 9, grid, not_to_be_called) == (None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_padding_that_sees_nothing_is_a_number_and_changes_none(tower: Any, dtype: torch.dtype) -> None:
+    """In the kernel as the layers call it: rows of padding are finite, and so is every gradient."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from qwen3vl_convert.models.attention import TorchAttention
+    from qwen3vl_convert.models.vision_model import _vision_forward_packed_attention_setup as setup
+
+    generator = torch.Generator().manual_seed(1)
+    parts = [(20 * torch.randn(9, 1, 2, 8, generator=generator)).to(dtype).requires_grad_() for _ in range(3)]
+    grid: Any = None
+    _, mask = setup(True, torch.zeros(9, 1, 4, dtype=dtype), 7, 9, grid, not_to_be_called)
+    attention = TorchAttention(tower.config, 1, AttnMaskType.no_mask)
+    padded = attention(*parts, None, attn_mask_type=AttnMaskType.no_mask, attention_bias=mask)
+    padded[:7].float().sum().backward()
+    assert padded.isfinite().all()
+    assert all(part.grad is not None and part.grad.isfinite().all() for part in parts)
+    assert all(part.grad is not None and not part.grad[7:].any() for part in parts)
+    alone = attention(*(part[:7] for part in parts), None, attn_mask_type=AttnMaskType.no_mask)
+    torch.testing.assert_close(padded[:7], alone)
+
+
+def test_frames_are_kept_apart_beside_what_hides_padding(tower: Any) -> None:
+    from qwen3vl_convert.models.vision_model import _frames_apart
+    from qwen3vl_convert.models.vision_model import _vision_forward_packed_attention_setup as setup
+
+    grid, hidden = torch.tensor([[2, 2, 2]]), torch.zeros(9, 4, dtype=torch.bfloat16)
+    starts = tower.build_packed_seq_params(grid).cu_seqlens_q
+    _, mask = setup(True, hidden[:, None], 8, 9, grid, not_to_be_called)
+    both = _frames_apart(starts, mask, hidden)
+    assert both is not None
+    assert (both.dtype, both.shape) == (torch.bfloat16, (1, 1, 9, 9))
+    seen = both[0, 0] == 0
+    assert torch.equal(seen, torch.block_diag(torch.ones(4, 4), torch.ones(4, 4), torch.zeros(1, 1)).bool())
+    assert (both[0, 0][~seen] == torch.finfo(torch.bfloat16).min).all()
+    filled = _frames_apart(starts, None, hidden[:8])
+    assert filled is not None
+    assert torch.equal(filled, both[..., :8, :8])
+    assert _frames_apart(starts[:2], mask, hidden) is mask
+
+
+def test_gradients_padded_are_those_unpadded(captured: Any) -> None:
+    grids = torch.tensor([[1, 4, 6], [1, 8, 4]])
+    weights = list(captured.parameters())
+    found = []
+    for tower in (captured, captured.eval()):
+        features, deepstack = tower.requires_grad_()(patches(grids), grids)
+        found.append(torch.autograd.grad(sum(map(torch.sum, (features, *deepstack))), weights))  # type: ignore[arg-type]
+    captured.requires_grad_(False)
+    for padded, plain in zip(*found, strict=True):
+        torch.testing.assert_close(padded, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_the_tower_is_not_cut(tower: Any) -> None:

@@ -4,7 +4,7 @@ import signal
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -233,15 +233,6 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Whoever runs the tests may have the signal ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("act", "error"), ENDS.values(), ids=ENDS.keys())
 def test_what_ends_early_leaves_nothing_behind(
     act: Callable[[], object], error: type[BaseException], bases: Bases, empty: Path

@@ -1,6 +1,6 @@
 """The prompts that are verified with: the same everywhere, fit for both models, by the checkpoint's own processor.
 
-The processor's part needs pillow and torchvision, which nothing else here does; it is skipped where they are missing.
+The processor's part needs torchvision; it is skipped where that is missing: `make test-newest` has it.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from inference_model.files import needs
 from models.planted import lively_checkpoint
 from models.sides import load_theirs, their_logits, transformers_release
 from qwen3vl_convert.dims import Dims
@@ -281,13 +282,7 @@ def small_tokenizer(special: Sequence[str]) -> dict[str, Any]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Of a model whose processor can be used here."""
-    for name in ("transformers", "PIL", "torchvision"):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                import_module(name)
-        except (ImportError, RuntimeError) as cause:  # a torchvision that was built for another torch
-            pytest.skip(f"processors need {name}: {cause}")
+    needs("transformers", "torchvision")
     return write_processor(tmp_path)
 
 
@@ -295,6 +290,7 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+@pytest.mark.torchvision
 @pytest.mark.transformers
 def test_the_processor_makes_them_if_it_can(folder: Path, their_model: Any) -> None:
     prompts, notes = verification_prompts(CONFIG, folder)
@@ -307,6 +303,7 @@ def test_the_processor_makes_them_if_it_can(folder: Path, their_model: Any) -> N
         assert 20 <= len(one.kinds) <= LONGEST
 
 
+@pytest.mark.torchvision
 @pytest.mark.transformers
 def test_a_chat_arrives_whole(folder: Path) -> None:
     """Words, in both languages, where they were said, and each picture in its own size."""
@@ -324,6 +321,7 @@ def test_a_chat_arrives_whole(folder: Path) -> None:
     assert [kind for kind, _ in groupby(prompts["mixed"].kinds)] == list("titvtvtvtit")
 
 
+@pytest.mark.torchvision
 @pytest.mark.transformers
 def test_drawn_pixels_are_the_same_everywhere(folder: Path) -> None:
     """As those of random prompts; nothing is resized, which differs between releases."""
@@ -342,6 +340,7 @@ def test_drawn_pixels_are_the_same_everywhere(folder: Path) -> None:
     }
 
 
+@pytest.mark.torchvision
 @pytest.mark.transformers
 def test_a_folder_that_transformers_saved_gives_the_same(folder: Path, tmp_path: Path) -> None:
     """Under the names of the release that is installed: processor_config.json from 5 on."""
@@ -354,6 +353,7 @@ def test_a_folder_that_transformers_saved_gives_the_same(folder: Path, tmp_path:
     assert digests(again) == digests(verification_prompts(CONFIG, folder)[0])
 
 
+@pytest.mark.torchvision
 @pytest.mark.transformers
 def test_neither_the_network_nor_foreign_code_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
@@ -452,6 +452,7 @@ def no_json(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text("{")
 
 
+@pytest.mark.torchvision
 @pytest.mark.transformers
 @pytest.mark.parametrize(
     ("spoil", "reason"),

@@ -12,10 +12,11 @@ from html.parser import HTMLParser
 
 import pytest
 
+from qwen3vl_convert.quantities import direction, figure, share, size
 from qwen3vl_convert.verify.report import html_report
 from qwen3vl_convert.verify.report.markup import element, text
 from qwen3vl_convert.verify.report.style import COLOURS
-from qwen3vl_convert.verify.report.words import by_severity, direction, figure, memory, share, verdict
+from qwen3vl_convert.verify.report.words import by_severity, verdict
 from qwen3vl_convert.verify.result import Verification
 from verify.verifications import (
     SAMPLES,
@@ -272,7 +273,7 @@ def test_shares_and_directions_are_whole_only_where_they_are() -> None:
         "0 %",
     ]
     assert [direction(value) for value in (1.0, 1 - 3e-9, 0.5, math.nan)] == ["1", "1 - 3.0e-9", "0.5", "NaN"]
-    assert [memory(value) for value in (0, 999, 1000, 5_214_000_000)] == ["0 B", "999 B", "1 kB", "5.21 GB"]
+    assert [size(value) for value in (0, 999, 1000, 5_214_000_000)] == ["0 B", "999 B", "1 kB", "5.21 GB"]
 
 
 # ---- looks -----------------------------------------------------------------------------------------------------------

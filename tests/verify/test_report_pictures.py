@@ -9,12 +9,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from qwen3vl_convert.quantities import figure
 from qwen3vl_convert.verify.report import html_report, kl_picture, layer_picture, stand_alone, ulp_picture
 from qwen3vl_convert.verify.report.axis import Decades
 from qwen3vl_convert.verify.report.groups import grouped
 from qwen3vl_convert.verify.report.markup import text
 from qwen3vl_convert.verify.report.tokens import shade
-from qwen3vl_convert.verify.report.words import figure
 from qwen3vl_convert.verify.result import LogitsReport, Place, Verification
 from verify.verifications import SAMPLES, difference, failing, huge, odd, passing, points, prompt, weights
 

@@ -133,6 +133,7 @@ def _modules(text_layers: int, vision_layers: int) -> Iterator[tuple[str, str, s
 
 def logits(prompts: tuple[PromptResult, ...], all_points: tuple[PointResult, ...], **changes: object) -> LogitsReport:
     report = LogitsReport(
+        programs=("transformers 5.23.0", "Qwen3VLModel on megatron-core 0.16.1"),
         device="cuda (NVIDIA H100 80GB HBM3)",
         dtype="fp32",
         reference="fp64",
@@ -144,6 +145,7 @@ def logits(prompts: tuple[PromptResult, ...], all_points: tuple[PointResult, ...
         notes=("No processor in the folder: the pixels are synthetic.",),
         seconds=38.2,
         peak_bytes=5_214_000_000,
+        deepstack=(5, 11, 17),
     )
     return replace(report, **changes)  # type: ignore[arg-type]
 

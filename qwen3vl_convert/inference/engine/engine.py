@@ -17,7 +17,7 @@ from qwen3vl_convert.inference.engine.kv_pool import TokenToKVPoolAllocator
 from qwen3vl_convert.inference.engine.live import Live, ends_of
 from qwen3vl_convert.inference.engine.options import EngineOptions
 from qwen3vl_convert.inference.engine.radix_cache import RadixCache
-from qwen3vl_convert.inference.engine.requests import Completion, Request, TokenEvent
+from qwen3vl_convert.inference.engine.requests import Completion, Request, TokenEvent, check_vocabulary
 from qwen3vl_convert.inference.engine.runner import Runner
 from qwen3vl_convert.inference.engine.scheduler import Limits, Plan, Scheduler, SequenceState
 from qwen3vl_convert.inference.engine.stream import Mailbox, TokenStream
@@ -126,9 +126,7 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         """What costs nothing to see."""
-        vocab, largest = self.model.config.vocab, max(request.token_ids)
-        if largest >= vocab:
-            raise UsageError(f"token_ids: expected ids below {vocab}, the vocabulary, found {largest}.")
+        check_vocabulary(request.token_ids, self.model.config.vocab)
         if request.sampling.stop and self.tokenizer is None:
             raise UsageError("stop: expected a tokenizer to read the text with, found none. Pass stop_token_ids.")
         self._scheduler.check(len(request.token_ids), request.sampling.max_new_tokens)

@@ -1,7 +1,7 @@
 """What is asked of the engine, and what it answers."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal
@@ -179,3 +179,23 @@ def _several(name: str, values: Any) -> tuple[Any, ...]:
 
 def _shape(value: object) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+CONTEXT = "the context"
+
+
+def check_vocabulary(token_ids: Sequence[int], vocab: int) -> None:
+    """Raise UsageError for tokens that a model does not have."""
+    if max(token_ids) >= vocab:
+        raise UsageError(f"token_ids: expected ids below {vocab}, the vocabulary, found {max(token_ids)}.")
+
+
+def check_room(prompt: int, new: int, room: Mapping[str, int]) -> None:
+    """Raise UsageError if so many tokens can never fit. `room`: how many each thing holds, by its name."""
+    name, tokens = min(room.items(), key=lambda item: item[1])
+    if prompt + new > tokens:
+        raise UsageError(
+            f"request: expected at most {tokens} tokens, which is what {name} holds, found {prompt} of the prompt "
+            f"and {new} new ones. Shorten the prompt, ask for fewer tokens, or give the engine more "
+            f"({'context_length' if name == CONTEXT else 'kv_tokens'})."
+        )

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.inference.engine.kv_pool import TokenToKVPoolAllocator, pages_for
 from qwen3vl_convert.inference.engine.radix_cache import Node, RadixCache, RadixKey
+from qwen3vl_convert.inference.engine.requests import CONTEXT, check_room
 
 
 class Rows(Protocol):
@@ -119,14 +119,8 @@ class Scheduler:
 
     def check(self, prompt: int, new: int) -> None:
         """Raise UsageError if so many tokens can never fit, however long they wait."""
-        room = {"the context": self._limits.context_length, "the KV pool": self._allocator.total * self._page_size}
-        name, tokens = min(room.items(), key=lambda item: item[1])
-        if prompt + new > tokens:
-            raise UsageError(
-                f"request: expected at most {tokens} tokens, which is what {name} holds, found {prompt} of the prompt "
-                f"and {new} new ones. Shorten the prompt, ask for fewer tokens, or give the engine more "
-                f"({'context_length' if name == 'the context' else 'kv_tokens'})."
-            )
+        room = {CONTEXT: self._limits.context_length, "the KV pool": self._allocator.total * self._page_size}
+        check_room(prompt, new, room)
 
     def add(self, sequence: SequenceState) -> None:
         """Ids must grow from call to call. Raises UsageError as `check` does."""

@@ -4,26 +4,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_convert.errors import InputError, UsageError
 from qwen3vl_convert.inference.processing.files import read_json
+from qwen3vl_convert.installed import explained, need
 
 _SETTINGS = "tokenizer_config.json"
 _NAMED = ("eos_token", "pad_token", "bos_token")
-
-
-def needed(purpose: str, **packages: str) -> None:
-    """Raise `UsageError` unless all are installed: the name that is imported = the name that pip knows."""
-    missing = [package for module, package in packages.items() if not installed(module)]
-    if missing:
-        raise UsageError(f"{purpose} needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
-
-
-def installed(module: str) -> bool:
-    return find_spec(module) is not None
 
 
 @contextmanager
@@ -42,6 +31,8 @@ def transformers(about: str) -> Iterator[Any]:
             yield module
         except (KeyboardInterrupt, SystemExit, GeneratorExit, UsageError, InputError):
             raise
+        except ModuleNotFoundError as cause:
+            raise explained(cause, "transformers") or cause from cause
         except BaseException as cause:  # a panic of tokenizers is no Exception
             raise InputError(f"{about}: {in_short(cause)}") from cause
         finally:
@@ -56,7 +47,7 @@ def in_short(cause: BaseException) -> str:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder, by transformers, from its files alone."""
-    needed("A tokenizer", transformers="transformers")
+    need("A tokenizer", "transformers")
     with transformers(f"{folder}: transformers cannot make a tokenizer of these files") as module:
         try:
             return module.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

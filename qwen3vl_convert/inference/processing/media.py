@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from qwen3vl_convert.errors import InputError, UsageError
-from qwen3vl_convert.inference.processing.libraries import in_short, installed, needed, transformers
+from qwen3vl_convert.errors import InputError, NotInstalled, UsageError
+from qwen3vl_convert.inference.processing.libraries import in_short, transformers
+from qwen3vl_convert.installed import command, is_installed, missing, need
 
 _DATA = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),(.*)", re.DOTALL)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -22,7 +23,7 @@ DECODERS = {"torchcodec": "torchcodec", "av": "pyav", "cv2": "opencv", "decord":
 def load_image(source: str | Path) -> Any:
     """The picture in a file or a data URL, upright, in RGB. Raises `InputError`, or `UsageError` without pillow."""
     content = _bytes_of(source)
-    needed(f"The picture {shown(source)}", PIL="pillow")
+    need(f"The picture {shown(source)}", "PIL")
     image, operations = import_module("PIL.Image"), import_module("PIL.ImageOps")
     try:
         with image.open(io.BytesIO(content)) as opened:
@@ -39,7 +40,8 @@ def load_video(source: str | Path, choose: Callable[..., Any]) -> tuple[Any, Any
     path = _file(source)
     decoder = next((name for module, name in DECODERS.items() if _usable(module)), None)
     if decoder is None:
-        raise UsageError(f"The video {path} needs a decoder: pip install av (or torchcodec, opencv-python, decord).")
+        others = ", ".join(package.package for package in missing(*DECODERS) if package.module != "av")
+        raise NotInstalled(f"The video {path} needs a decoder: {command(missing('av'))} (or one of {others})")
     about = f"{path}: expected a video that {decoder} can decode, found none. Convert it to MP4 (H.264)"
     with transformers(about):
         loader: Any = import_module("transformers.video_utils")
@@ -49,7 +51,7 @@ def load_video(source: str | Path, choose: Callable[..., Any]) -> tuple[Any, Any
 
 def _usable(module: str) -> bool:
     """Whether it can be imported, which torchcodec cannot without ffmpeg's libraries."""
-    if not installed(module):
+    if not is_installed(module):
         return False
     try:
         import_module(module)

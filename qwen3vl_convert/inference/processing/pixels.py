@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3vl_convert.errors import ConfigError, InputError
 from qwen3vl_convert.inference.processing.files import processor_settings
-from qwen3vl_convert.inference.processing.libraries import installed, needed, transformers
+from qwen3vl_convert.inference.processing.libraries import transformers
 from qwen3vl_convert.inference.processing.media import load_image, load_video, shown
+from qwen3vl_convert.installed import is_installed, need
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +76,7 @@ class Eyes:
             return Pixels(answer["pixel_values"].float(), answer["image_grid_thw"])
 
     def _watch(self, source: str | Path) -> Pixels:
-        needed(f"The video {source}", PIL="pillow", torchvision="torchvision")
+        need(f"The video {source}", "PIL", "torchvision")
         settings = processor_settings(self.folder, "video_processor")
         with transformers(f"{self.folder}: transformers cannot process videos by these settings") as module:
             processor = self._processors.get("video") or module.Qwen3VLVideoProcessor(**_arguments(settings))
@@ -103,7 +104,7 @@ class Eyes:
 
 
 def _image_processor(module: Any, settings: dict[str, Any]) -> Any:
-    for name in IMAGE_CLASSES[installed("torchvision")]:
+    for name in IMAGE_CLASSES[is_installed("torchvision")]:
         found = getattr(module, name, None)
         if found is not None:
             return found(**_arguments(settings))

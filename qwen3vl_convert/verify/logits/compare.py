@@ -9,9 +9,10 @@ bound MULTIPLE * (e(ours) + e(theirs)).
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import psutil
@@ -21,6 +22,8 @@ from torch.nn import functional
 
 from qwen3vl_convert.errors import InputError, UsageError
 from qwen3vl_convert.model import HuggingFaceModel, MegatronModel, open_megatron
+from qwen3vl_convert.progress import Report, begin
+from qwen3vl_convert.quantities import size
 from qwen3vl_convert.verify.logits.hollow import apart
 from qwen3vl_convert.verify.logits.place import find_place, refused
 from qwen3vl_convert.verify.logits.programs import EXACT
@@ -28,9 +31,7 @@ from qwen3vl_convert.verify.logits.prompts import NamedPrompt, Prompt, verificat
 from qwen3vl_convert.verify.logits.traffic import MULTIPLE, Mode, Outputs, Refused, Traffic, narrower
 from qwen3vl_convert.verify.result import LogitsReport, PointResult, PromptResult, WeightsReport
 from qwen3vl_convert.verify.settings import stated
-from qwen3vl_convert.verify.verification import LogitsOptions
-
-Report = Callable[[str, int, int], None]
+from qwen3vl_convert.verify.verification import LogitsOptions, installed_versions
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 _MOST_OF_MEMORY = 0.8
@@ -51,6 +52,7 @@ def compare_logits(
     """
     began = time.monotonic()
     device, dtype = device_of(options), DTYPES[options.dtype]
+    begin(report, "prepare prompts")
     named, notes = verification_prompts(theirs.checkpoint.config, theirs.checkpoint.folder)
     ours = as_stated(ours, theirs)
     stream, reason = (True, ()) if options.stream else _must_stream(theirs, dtype, device)
@@ -61,6 +63,7 @@ def compare_logits(
     points: tuple[PointResult, ...] = ()
     try:
         with _world(options), exact_kernels(), apart(), enough_memory(options):
+            begin(report, "build both models")
             traffic = _traffic(options)(theirs, ours, mode)
             outputs, trace = traffic.run([on(one.prompt, device) for one in named], report)
             results = tuple(compared(found, one, dtype) for found, one in zip(outputs, named, strict=True))
@@ -69,6 +72,7 @@ def compare_logits(
     except Refused as error:
         place = refused(str(error), weights)
     return LogitsReport(
+        programs=programs_of(options),
         device=described(device),
         dtype=options.dtype,
         reference=name_of(EXACT[dtype]),
@@ -80,7 +84,17 @@ def compare_logits(
         notes=(*notes, *reason),
         seconds=time.monotonic() - began,
         peak_bytes=peak_bytes(device),
+        deepstack=ours.model.dims.deepstack,
     )
+
+
+def programs_of(options: LogitsOptions) -> tuple[str, str]:
+    """What computes with the folder, and with the Megatron checkpoint, with versions."""
+    theirs = f"transformers {import_module('transformers').__version__}"
+    if options.model == "inference":
+        version = installed_versions().get("qwen3vl-convert", "")
+        return theirs, f"the inference model of qwen3vl-convert {version}".strip()
+    return theirs, f"Qwen3VLModel on megatron-core {import_module('megatron.core').__version__}"
 
 
 def _world(options: LogitsOptions) -> AbstractContextManager[Any]:
@@ -166,7 +180,7 @@ def _must_stream(theirs: HuggingFaceModel, dtype: torch.dtype, device: torch.dev
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed <= _MOST_OF_MEMORY * free:
         return False, ()
-    said = f"Both models in memory would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+    said = f"Both models in memory would take {size(needed)}, and {size(free)} are free"
     return True, (f"{said}: they are run layer by layer, as with --stream.",)
 
 

@@ -21,6 +21,7 @@ from qwen3vl_convert.errors import UsageError, listing
 from qwen3vl_convert.model import HuggingFaceModel, MegatronModel
 from qwen3vl_convert.models.ranks import everyones, ranks, together
 from qwen3vl_convert.models.world import World, parallel_world
+from qwen3vl_convert.progress import Report, begin
 from qwen3vl_convert.verify.logits.compare import (
     DTYPES,
     as_stated,
@@ -31,6 +32,7 @@ from qwen3vl_convert.verify.logits.compare import (
     name_of,
     on,
     peak_bytes,
+    programs_of,
 )
 from qwen3vl_convert.verify.logits.convoy import Convoy, Station
 from qwen3vl_convert.verify.logits.hollow import apart, hollow_out
@@ -46,7 +48,7 @@ from qwen3vl_convert.verify.logits.programs import (
 )
 from qwen3vl_convert.verify.logits.prompts import NamedPrompt, Prompt, verification_prompts
 from qwen3vl_convert.verify.logits.stages import logits_in_stages
-from qwen3vl_convert.verify.logits.traffic import MULTIPLE, Mode, Outputs, Report, clear_all
+from qwen3vl_convert.verify.logits.traffic import MULTIPLE, Mode, Outputs, clear_all
 from qwen3vl_convert.verify.result import LogitsReport, Place, PromptResult, WeightsReport
 from qwen3vl_convert.verify.verification import LogitsOptions
 
@@ -101,6 +103,7 @@ def compare_logits_in_parallel(
 def _results(task: _Task, named: Sequence[NamedPrompt], report: Report | None) -> tuple[PromptResult, ...]:
     """The figures of every prompt, in the first process; in others none."""
     prompts = [on(one.prompt, task.mode.device) for one in named]
+    begin(report, f"run the Megatron model in {task.world.size} processes")
     ours = [logits_in_stages(task.ours, task.world, task.mode, exact, prompts) for exact in (True, False)]
     found: tuple[PromptResult, ...] = ()
     with together():
@@ -120,6 +123,7 @@ def _report(
     world, device = task.world, task.mode.device
     how = f"The Megatron model ran in {world.size} processes as {world.layout}, transformers' in the first of them."
     return LogitsReport(
+        programs=programs_of(options),
         device=described(device),
         dtype=options.dtype,
         reference=name_of(EXACT[task.mode.dtype]),

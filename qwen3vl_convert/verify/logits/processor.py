@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3vl_convert.dims import Dims
+from qwen3vl_convert.installed import command, missing
 from qwen3vl_convert.models.positions import check_visual_tokens
 from qwen3vl_convert.verify.logits.prompts import NamedPrompt, Prompt, contents_of, token_types
 
@@ -26,8 +26,8 @@ LONGEST = 300
 """Tokens of a prompt. The largest models are verified on a CPU."""
 FILES = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
 """What a processor is read from: one of each."""
-PACKAGES = {"PIL": "pillow", "torchvision": "torchvision"}
-"""What transformers' processors of images and videos need, by the name that is imported."""
+MODULES = ("PIL", "torchvision")
+"""What transformers' processors of images and videos need."""
 
 
 class NoProcessor(Exception):
@@ -132,9 +132,9 @@ def _check_there(folder: Path | None) -> None:
     for names in FILES:
         if folder is None or not any((folder / name).is_file() for name in names):
             raise NoProcessor(f"is not there (no {' or '.join(names)})")
-    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
-    if missing:
-        raise NoProcessor(f"needs {' and '.join(missing)}, which is not installed")
+    if absent := missing(*MODULES):
+        packages = " and ".join(package.package for package in absent)
+        raise NoProcessor(f"needs {packages}, which is not installed ({command(absent)})")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 Each is built without weights and takes them, a module at a time, from where they are: files, or a model that has them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +16,7 @@ from qwen3vl_convert.dims import Dims
 from qwen3vl_convert.errors import UnsupportedFormat
 from qwen3vl_convert.huggingface.config import rebuild_config
 from qwen3vl_convert.huggingface.experts import experts_layout
-from qwen3vl_convert.mappings import MappingRegistry, Pair, View, mapping_registry
+from qwen3vl_convert.mappings import MegatronMappingRegistry, Pair, View, mapping_registry
 from qwen3vl_convert.model import EMBEDDING, OUTPUT, HuggingFaceModel
 from qwen3vl_convert.plan import Box
 from qwen3vl_convert.reader import read_box
@@ -105,20 +105,30 @@ def shelf_of(weights: Weights, most: int, device: torch.device) -> Shelf:
     return Shelf(read, most)
 
 
-def fill(model: nn.Module, weights: Weights, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
-    """Give a hollow model its weights for good, rounded to these dtypes one after another."""
+def fill(
+    model: nn.Module,
+    weights: Weights,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    passed: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Give a hollow model its weights for good, rounded to these dtypes one after another. That is done on the device,
+    which has them as they are stored before: a GPU rounds in no time and a host does not. `passed` is told of each
+    parameter's bytes.
+    """
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                tensor = rounded(_whole(weights, f"{name}.{key}", parameter), dtypes)
-                module._parameters[key] = nn.Parameter(tensor.to(device), requires_grad=False)
+                tensor = rounded(_whole(weights, f"{name}.{key}", parameter, device), dtypes)
+                module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+                passed(tensor.nbytes)
 
 
-def _whole(weights: Weights, name: str, like: Tensor) -> Tensor:
-    """A parameter, a stack of experts too."""
+def _whole(weights: Weights, name: str, like: Tensor, device: torch.device) -> Tensor:
+    """A parameter as it is stored, on the device; a stack of experts too."""
     if not name.rpartition(".")[0].endswith(STACK):
-        return weights.parameter(name)
-    return torch.stack([weights.expert(name, number) for number in range(len(like))])
+        return weights.parameter(name).to(device)
+    return torch.stack([weights.expert(name, number).to(device) for number in range(len(like))])
 
 
 def rounded(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
@@ -149,7 +159,7 @@ class FolderWeights:
     """
 
     opened: HuggingFaceModel
-    memory: MappingRegistry
+    memory: MegatronMappingRegistry
     layout: str
 
     def parameter(self, name: str) -> Tensor:

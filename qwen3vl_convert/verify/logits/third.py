@@ -4,7 +4,7 @@ It is held whole, with the weights of the Megatron checkpoint: it merges what is
 weights are not there to be read again by their names.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -49,13 +49,13 @@ class ThirdTraffic(Traffic):
         dims = self.ours.model.dims
         return aligned(dims, self.theirs.tensors), dims.sizes()
 
-    def _fill(self, program: str) -> None:
+    def _fill(self, program: str, passed: Callable[[int], None]) -> None:
         if program == HF:
-            return super()._fill(program)
+            return super()._fill(program, passed)
         model = self.models[program, False]
         assert isinstance(model, Qwen3VLForConditionalGeneration)
         model.to_empty(device=self.mode.device)
-        model.load_weights(weights_of(self.ours, self.mode.dtypes(False)))
+        model.load_weights(weights_of(self.ours, self.mode.dtypes(False), self.mode.device, passed))
 
     def _logits(self, model: nn.Module, prompt: Prompt) -> Tensor:
         ids = prompt.input_ids[0]
@@ -70,13 +70,22 @@ class ThirdTraffic(Traffic):
         return logits
 
 
-def weights_of(ours: MegatronModel, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Tensor]]:
-    """All weights of a Megatron checkpoint by their names on the Hub, rounded to these dtypes one after another."""
+def weights_of(
+    ours: MegatronModel,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    passed: Callable[[int], None] = lambda nbytes: None,
+) -> Iterator[tuple[str, Tensor]]:
+    """All weights of a Megatron checkpoint by their names on the Hub, rounded on the device to these dtypes one after
+    another. `passed` is told of the bytes of each when it was taken.
+    """
     assembled = assemble_megatron(open_megatron(ours.checkpoint.folder, None, ours.model.dims, "per-expert"))
     for name in assembled.links:
-        yield name, rounded(assembled.tensor(name), dtypes)
+        tensor = rounded(assembled.tensor(name).to(device), dtypes)
+        yield name, tensor
+        passed(tensor.nbytes)
     if OUTPUT[1] not in assembled.links:
-        yield OUTPUT[1], rounded(assembled.tensor(EMBEDDING[1]), dtypes)
+        yield OUTPUT[1], rounded(assembled.tensor(EMBEDDING[1]).to(device), dtypes)
 
 
 def aligned(dims: Dims, parameters: Iterable[str]) -> tuple[Aligned, ...]:

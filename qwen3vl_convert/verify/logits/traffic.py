@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen3vl_convert.model import EMBEDDING, HuggingFaceModel, MegatronModel
+from qwen3vl_convert.progress import Report
 from qwen3vl_convert.storage import DTYPES
 from qwen3vl_convert.verify.logits.alignment import Aligned, align
 from qwen3vl_convert.verify.logits.convoy import Convoy, Station
@@ -39,7 +40,6 @@ from qwen3vl_convert.verify.logits.trace import HF, MEGATRON, RUNNERS, Trace, po
 MULTIPLE = 2.0
 """Of the two programs' own errors: how far they may be apart."""
 
-Report = Callable[[str, int, int], None]
 _Runner = tuple[str, bool]
 
 
@@ -118,7 +118,7 @@ class Traffic:
     def run(self, prompts: Sequence[Prompt], report: Report | None = None) -> tuple[list[Outputs], Trace]:
         """The logits of every prompt, and what was seen on the way. `report` is told of stations that were passed."""
         if not self.mode.stream:
-            self._load()
+            self._load(report)
         visits = [sum(x is not None for x in (one.pixel_values, one.pixel_values_videos)) for one in prompts]
         eps = torch.finfo(self.mode.dtype).eps
         trace = Trace(points_of(self.aligned), self.sizes, visits, MULTIPLE, eps, self.revisiting)
@@ -132,14 +132,24 @@ class Traffic:
         count = len(prompts)
         return [Outputs(*found[at::count]) for at in range(count)], trace
 
-    def _load(self) -> None:
+    def _load(self, report: Report | None) -> None:
         """Put the models of the comparison into memory; the exact ones take their weights from there."""
-        self._fill(HF)
-        self._fill(MEGATRON)
+        models = (self.models[HF, False], self.models[MEGATRON, False])
+        total, done = sum(parameter.nbytes for model in models for parameter in model.parameters()), 0
+
+        def passed(nbytes: int) -> None:
+            nonlocal done
+            done = min(done + nbytes, total)
+            if report is not None:
+                report("read weights", done, total)
+
+        self._fill(HF, passed)
+        self._fill(MEGATRON, passed)
         self.weights = {program: Resident(self.models[program, False]) for program in (HF, MEGATRON)}
 
-    def _fill(self, program: str) -> None:
-        fill(self.models[program, False], self.weights[program], self.mode.dtypes(False), self.mode.device)
+    def _fill(self, program: str, passed: Callable[[int], None]) -> None:
+        mode = self.mode
+        fill(self.models[program, False], self.weights[program], mode.dtypes(False), mode.device, passed)
 
     def _stations(self) -> list[Station]:
         """Of all four models. What one precision of a program read the other needs next; that one clears the shelf."""

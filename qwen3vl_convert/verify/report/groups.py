@@ -1,14 +1,17 @@
-"""The points of a tower in the order of execution, grouped by layer, each with its place from left to right."""
+"""The points of a tower from input to output, grouped by layer, each with its place from left to right."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from qwen3vl_convert.verify.report.words import badness, excess
 from qwen3vl_convert.verify.result import PointResult
 
+MERGERS = "deepstack_merger_list"
+"""How both programs call the deepstack mergers."""
 _GAP = 1.0
 """Between two groups, in widths of a point."""
-_ROOTS = ("vision_model", "language_model", "decoder")
+_ROOTS = ("vision_model", "language_model", "decoder", "model", "visual")
 """What the names of modules outside of layers begin with."""
 
 
@@ -36,9 +39,10 @@ class Group:
         return self.start + (self.stop - self.start) * (number + 0.5) / len(self.points)
 
 
-def grouped(points: tuple[PointResult, ...], tower: str) -> list[Group]:
+def grouped(points: tuple[PointResult, ...], tower: str, deepstack: Sequence[int] = ()) -> list[Group]:
     """The groups of a tower. They fill the width, with a gap between any two."""
-    found = [list(group) for _, group in groupby((one for one in points if one.tower == tower), key=_key)]
+    own = _merged([one for one in points if one.tower == tower], deepstack)
+    found = [list(group) for _, group in groupby(own, key=_key)]
     total = sum(len(group) + _GAP for group in found) or 1
     groups, used = [], _GAP / 2
     for group in found:
@@ -46,6 +50,22 @@ def grouped(points: tuple[PointResult, ...], tower: str) -> list[Group]:
         ends = (100 * start / total, 100 * (used - _GAP) / total)
         groups.append(Group(_key(group[0])[1], group[0].layer, tuple(group), *ends))
     return groups
+
+
+def _merged(points: list[PointResult], deepstack: Sequence[int]) -> list[PointResult]:
+    """With every deepstack merger after the block that it takes from; our model runs them when all blocks have."""
+    last = {point.layer: number for number, point in enumerate(points)}
+    places = [
+        last.get(deepstack[merger], number) if (merger := _merger(point)) in range(len(deepstack)) else number
+        for number, point in enumerate(points)
+    ]
+    return [points[number] for number in sorted(range(len(points)), key=lambda number: (places[number], number))]
+
+
+def _merger(point: PointResult) -> int:
+    """Which deepstack merger a point is of; -1: of none."""
+    number = point.module.rpartition(f"{MERGERS}.")[2].partition(".")[0]
+    return int(number) if MERGERS in point.module and number.isdecimal() else -1
 
 
 def _key(point: PointResult) -> tuple[int | None, str]:

@@ -3,38 +3,44 @@
 import base64
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
 
+from qwen3vl_convert.quantities import amount, duration, size
 from qwen3vl_convert.verify.report.markup import Child, Markup, breakable, element, joined, sentence
 from qwen3vl_convert.verify.report.pictures import kl_picture, layer_picture, ulp_picture
 from qwen3vl_convert.verify.report.style import COLOURS, PAGE, PICTURES
 from qwen3vl_convert.verify.report.tables import points_table, prompts_table, settings_table, tensors_table
 from qwen3vl_convert.verify.report.tokens import KINDS
-from qwen3vl_convert.verify.report.words import (
-    amount,
-    by_severity,
-    duration,
-    exactness,
-    failed,
-    figure,
-    memory,
-    verdict,
-)
+from qwen3vl_convert.verify.report.words import MODES, by_severity, exactness, failed, furthest, names_of, verdict
 from qwen3vl_convert.verify.result import LogitsReport, PromptResult, Verification, WeightsReport
 
 _STYLE = COLOURS + PICTURES + PAGE
-_MODES = {
-    "whole": "both models whole in memory",
-    "stream": "streamed, one layer in memory at a time",
-    "parallel": "whole, the Megatron model in parallel over several processes",
-}
 _MARKS = {True: ("✓", "equals", "equal"), False: ("✕", "differs", "differ"), None: ("–", "not-run", "not compared")}
 _DIFFERS = {True: "", False: " differs"}
+_LONG_WORD = 30
+"""Letters of a word of a command that may be broken."""
 _LONG_CONTENTS = 900
 """Letters of a prompt before it is folded up."""
 
 
-def html_report(found: Verification) -> str:
-    """The whole page. Names, paths and prompts are escaped; the policy in its head lets nothing be loaded or run."""
+@dataclass(frozen=True, slots=True)
+class Occasion:
+    """When and how a verification was asked for: `date` in UTC, as ISO 8601 has it; `command` as it was typed."""
+
+    date: str = ""
+    command: str = ""
+
+
+Facts: TypeAlias = list[tuple[str, Child]]
+
+
+def html_report(found: Verification, made: Occasion | None = None) -> str:
+    """The whole page, the same for the same arguments.
+
+    Names, paths and prompts are escaped; the policy in its head lets nothing be loaded or run.
+    """
+    made = made or Occasion()
     head = [
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -43,7 +49,7 @@ def html_report(found: Verification) -> str:
         element("title", f"{'The same model' if found.equal else 'Not the same model'}: {_short(found.megatron)}"),
         element("style", Markup(_STYLE)),
     ]
-    body = [_header(found), element("main", list(_sections(found))), _footer(found)]
+    body = [_header(found), element("main", list(_sections(found, made))), _footer(found)]
     return f"<!doctype html>\n{element('html', element('head', head), element('body', body), lang='en')}\n"
 
 
@@ -134,9 +140,9 @@ def _check(name: str, passed: bool | None, said: str) -> Markup:
     return element("li", parts, class_=kind)
 
 
-def _sections(found: Verification) -> Iterable[Markup]:
+def _sections(found: Verification, made: Occasion) -> Iterable[Markup]:
     weights, logits = found.weights, found.logits
-    yield _section("What was compared", "", element("div", _facts(found), class_="columns"))
+    yield _section("What was compared", "", element("div", _facts(found, made), class_="columns"))
     if weights.settings:
         yield _section("Settings that differ", "What the two configs state differently.", settings_table(weights))
     if logits is not None:
@@ -161,8 +167,9 @@ def _logits_sections(logits: LogitsReport) -> Iterable[Markup]:
     if logits.points:
         folded = element("details", element("summary", "The same as a table"), points_table(logits))
         lead = (
-            "How far the values inside the two models are from each other, in the order of execution, as a share of "
-            "their size. Each mark is what goes into or comes out of a module, over all prompts."
+            "How far the values inside the two models are from each other, from input to output, as a share of their "
+            "size; deepstack mergers stand after the block that they take from. Each mark is what goes into or comes "
+            "out of a module, over all prompts."
         )
         yield _section(
             "Layer by layer" if logits.place is None else "Where they part, layer by layer",
@@ -183,7 +190,7 @@ def _threshold(logits: LogitsReport) -> str:
     return (
         f"Each model ran every prompt in {logits.dtype} and again in {logits.reference}, which shows how far rounding "
         f"alone moves its logits: its own error, below with Hugging Face's first. A difference between the two models "
-        f"of more than {figure(logits.multiple)} times both own errors added up is more than rounding, and fails."
+        f"of more than {logits.multiple:g} times both own errors added up is more than rounding, and fails."
     )
 
 
@@ -208,28 +215,62 @@ def _weights_sections(weights: WeightsReport) -> Iterable[Markup]:
         yield _section("By how much", lead, element("figure", Markup(ulp_picture(weights))))
 
 
-def _facts(found: Verification) -> list[Markup]:
+def _facts(found: Verification, made: Occasion) -> list[Markup]:
     weights, logits = found.weights, found.logits
-    both: list[tuple[str, Child]] = [
-        ("Hugging Face", _name(found.huggingface)),
-        ("Megatron", _name(found.megatron)),
+    compared: Facts = [
+        *_side_facts(found),
         ("Model", found.model),
         ("Weights", _sizes(weights)),
         ("Compared", f"{exactness(weights)}: {weights.tolerated}" if weights.tolerated else "bit for bit"),
         ("Time for weights", duration(weights.seconds)),
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    last: tuple[str, Child] = ("Versions", versions or "not recorded")
-    return [_list([*both, last])] if logits is None else [_list(both), _list([*_run_facts(logits), last])]
+    asked: Facts = [
+        ("Date", made.date or "not recorded"),
+        ("Command", _command(made.command) if made.command else "not recorded"),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in found.versions.items()) or "not recorded"),
+    ]
+    if logits is None:
+        return [_list(compared), _list(asked)]
+    return [_list([*compared, *asked]), _list(_run_facts(logits))]
 
 
-def _run_facts(logits: LogitsReport) -> list[tuple[str, Child]]:
+def _side_facts(found: Verification) -> Facts:
+    """Both checkpoints: where, and as far as it is known in which format, layout and dtype."""
+    facts: Facts = [("Hugging Face", _name(found.huggingface)), ("Megatron", _name(found.megatron))]
+    if not found.sides:
+        return facts
+    theirs, ours = found.sides
+    dtype = (
+        theirs.dtype if theirs.dtype == ours.dtype else f"{theirs.dtype} for Hugging Face, {ours.dtype} for Megatron"
+    )
     return [
-        ("Logits", f"{logits.dtype} on {logits.device}"),
-        ("Reference", f"{logits.reference}; the threshold is {figure(logits.multiple)} times the own errors"),
-        ("How", _MODES.get(logits.mode, logits.mode)),
+        facts[0],
+        ("Format", theirs.format),
+        facts[1],
+        ("Format", ours.format),
+        ("Written with", ours.layout or "not stated"),
+        ("Stored as", dtype),
+    ]
+
+
+def _command(typed: str) -> Markup:
+    """May be broken between its words, and within those that are long."""
+    words = [element("span", word, class_="word" if len(word) < _LONG_WORD else None) for word in typed.split(" ")]
+    return element("span", Markup(" ".join(words)), class_="name")
+
+
+def _run_facts(logits: LogitsReport) -> Facts:
+    theirs, ours = logits.programs
+    return [
+        ("Both models", f"Hugging Face: {theirs}. Megatron: {ours}."),
+        ("Device", logits.device),
+        ("Computed in", f"{logits.dtype}, and {logits.reference} to tell how much is rounding"),
+        ("Allowed", f"{logits.multiple:g} times what both programs' own rounding makes"),
+        ("Prompts", f"{len(logits.prompts)}: {names_of(logits.prompts)}" if logits.prompts else "none was run"),
+        ("Logits", furthest(logits) or "not compared"),
+        ("How", MODES.get(logits.mode, logits.mode)),
         ("Time for logits", duration(logits.seconds)),
-        ("Peak memory", memory(logits.peak_bytes)),
+        ("Peak memory", size(logits.peak_bytes)),
     ]
 
 

@@ -81,11 +81,11 @@ PICTURES = (
 .odd { fill: var(--wrong); }
 .kind-i { fill: var(--image); }
 .kind-v { fill: var(--video); }
-.summary { display: none; }
+.summary, .tight { display: none; }
 @media (max-width: 700px) {
   .every, .roomy { display: none; }
   .cell { stroke-width: .2px; }
-  .summary { display: inline; }
+  .summary, .tight { display: inline; }
 }
 """
     + "\n".join(f".k{number} {{ fill: var(--k{number}); }}" for number in range(len(_RAMP_LIGHT)))
@@ -111,6 +111,7 @@ p { max-width: 72ch; text-wrap: pretty; overflow-wrap: anywhere; }
   font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
   font-size: .86em; line-height: 1.4; overflow-wrap: anywhere;
 }
+.word { white-space: nowrap; }
 .muted, .lead { color: var(--muted); }
 .lead { margin-bottom: 1.1rem; }
 .bad-text { color: var(--wrong); font-weight: 600; white-space: nowrap; }

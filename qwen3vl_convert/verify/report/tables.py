@@ -3,19 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qwen3vl_convert.quantities import amount, apart, direction, figure, share
 from qwen3vl_convert.verify.report.groups import grouped
 from qwen3vl_convert.verify.report.markup import Child, Markup, breakable, element, joined
-from qwen3vl_convert.verify.report.words import (
-    amount,
-    by_severity,
-    direction,
-    elements,
-    excess,
-    figure,
-    place_name,
-    share,
-    worst,
-)
+from qwen3vl_convert.verify.report.words import by_severity, elements, excess, place_name, worst
 from qwen3vl_convert.verify.result import Difference, LogitsReport, PromptResult, WeightsReport
 
 _MOST_TENSORS = 15
@@ -71,13 +62,13 @@ def prompts_table(logits: LogitsReport) -> Markup:
 
 
 def _prompt(prompt: PromptResult) -> Row:
-    most = figure(prompt.max_abs)
+    most, allowed = apart(prompt.max_abs, prompt.allowed)
     mean = sum(prompt.kl) / len(prompt.kl) if prompt.kl else 0.0
     return [
         prompt.name,
         f"{len(prompt.kl):,}",
         most if prompt.passed else beyond(most),
-        figure(prompt.allowed),
+        allowed,
         ", ".join(map(figure, prompt.own_errors)),
         *map(figure, (worst(prompt.kl), mean)),
         *map(share, (prompt.top1, prompt.top5)),
@@ -136,10 +127,10 @@ def _value(value: object) -> Markup:
 def points_table(logits: LogitsReport) -> Markup:
     """What the picture shows, for those who do not see it: the worst point of each group."""
     columns = [Column("Worst point of each layer"), *map(number, ("Difference", "Allowed", "Times the allowed"))]
-    groups = [group for tower in ("vision", "text") for group in grouped(logits.points, tower)]
+    groups = [group for tower in ("vision", "text") for group in grouped(logits.points, tower, logits.deepstack)]
     rows: list[Row] = []
     for point in (group.worst for group in groups):
-        times = figure(excess(point))
+        times = apart(excess(point), 1.0)[0]
         said: Child = times if point.passed else beyond(times)
-        rows.append([breakable(place_name(point)), figure(point.difference), figure(point.allowed), said])
+        rows.append([breakable(place_name(point)), *apart(point.difference, point.allowed), said])
     return table("The worst point of each layer", columns, rows)

@@ -3,10 +3,11 @@
 import math
 from itertools import groupby
 
+from qwen3vl_convert.quantities import amount, figure
 from qwen3vl_convert.verify.report.axis import power_of_ten
 from qwen3vl_convert.verify.report.drawing import legend, picture
 from qwen3vl_convert.verify.report.markup import Markup, element, joined, text
-from qwen3vl_convert.verify.report.words import figure, worst
+from qwen3vl_convert.verify.report.words import worst
 from qwen3vl_convert.verify.result import LogitsReport, PromptResult
 
 BINS = 11
@@ -30,7 +31,9 @@ def kl_picture(report: LogitsReport) -> str:
     for prompt in report.prompts:
         block, y = _prompt(prompt, columns, step, y)
         parts.append(block)
-    said = f"Divergence per token of {len(report.prompts)} prompts, the largest {figure(_largest(report))} nats."
+    said = (
+        f"Divergence per token of {amount(len(report.prompts), 'prompt')}, the largest {figure(_largest(report))} nats."
+    )
     return picture([*parts, _legend(y + 8)], y + 86, said, "tokens")
 
 

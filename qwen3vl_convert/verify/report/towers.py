@@ -1,16 +1,19 @@
 """The picture of the difference per layer: both towers, every point in the order of execution."""
 
+from qwen3vl_convert.quantities import figure
 from qwen3vl_convert.verify.report.axis import Decades
 from qwen3vl_convert.verify.report.drawing import legend, picture, round_mark, square_mark
-from qwen3vl_convert.verify.report.groups import Group, grouped
+from qwen3vl_convert.verify.report.groups import MERGERS, Group, grouped
 from qwen3vl_convert.verify.report.markup import Markup, element, joined, text
-from qwen3vl_convert.verify.report.words import excess, figure, place_name
+from qwen3vl_convert.verify.report.words import excess, place_name
 from qwen3vl_convert.verify.result import LogitsReport, PointResult
 
 _FEW_MARKS, _MOST_MARKS = 80, 420
 """Of a tower, before there is one mark per layer instead of one per point: on a telephone; anywhere."""
-_PLOT, _NAME, _LABEL, _BELOW = 220.0, 34.0, 30.0, 46.0
-"""Pixels of a tower: the plot, its name above, a label of two lines in between, the names of layers below."""
+_PLOT, _NAME, _LABEL, _BELOW, _ROW = 220.0, 34.0, 30.0, 32.0, 14.0
+"""Pixels of a tower: the plot, its name above, a label of two lines in between, the numbers of layers below, and each
+row of names below these.
+"""
 _LETTER, _TICK_LETTER = 7.0, 6.4
 """Pixels of a letter of a label, and of a tick, in wide fonts."""
 _NARROW, _WIDE = 280, 640
@@ -23,7 +26,7 @@ def layer_picture(report: LogitsReport) -> str:
     first = report.place.point if report.place is not None else None
     parts, y = [], 0.0
     for tower in _TITLES:
-        groups = grouped(report.points, tower)
+        groups = grouped(report.points, tower, report.deepstack)
         if groups:
             drawn, y = _tower(_TITLES[tower], groups, y, first)
             parts.append(drawn)
@@ -47,8 +50,10 @@ def _tower(name: str, groups: list[Group], top: float, first: PointResult | None
     title = element("text", name, class_="title", x=0, y=top + 16)
     marks = _marks(groups, axis, len(points))
     flags = [part for point, x in flagged for part in _flag(point, x, axis)]
-    parts = [title, *_names(groups, axis), *axis.grid(), _allowed(groups, axis), *marks, *flags]
-    return joined(parts), axis.top + _PLOT + _BELOW
+    bottom = axis.top + _PLOT
+    names, rows = _spread([group for group in groups if group.layer is None], bottom + _BELOW)
+    parts = [title, *_numbers(groups, axis), *names, *axis.grid(), _allowed(groups, axis), *marks, *flags]
+    return joined(parts), bottom + _BELOW + rows * _ROW
 
 
 def _is(point: PointResult, first: PointResult | None) -> bool:
@@ -126,39 +131,49 @@ def _steps(group: Group, axis: Decades) -> list[tuple[float, float]]:
     return [(x + side, y) for x, y in middles for side in (-half, half)]
 
 
-def _names(groups: list[Group], axis: Decades) -> list[Markup]:
-    """Numbers of layers below the plot; below these the modules outside of layers, as many as there is room for."""
+def _numbers(groups: list[Group], axis: Decades) -> list[Markup]:
+    """Those of layers, below the plot, as many as there is room for."""
     bottom = axis.top + axis.height
     layers = [group for group in groups if group.layer is not None]
     step = next(step for step in (1, 2, 4, 5, 10, 20, 50, 100, 1000) if len(layers) <= 12 * step)
     shown = [group for group in layers if (group.layer or 0) % step == 0]
     ticks = [_name(str(group.layer), group.middle, bottom + 16, "tick") for group in shown]
     ends = [element("line", class_="edge", x1=at, x2=at, y1=axis.top, y2=bottom + 4) for at in map(_start, shown)]
-    others = [group for group in groups if group.layer is None]
-    return [*ends, *ticks, *_spread(others, bottom + 32)]
+    return [*ends, *ticks]
 
 
 def _start(group: Group) -> str:
     return f"{group.start:.3f}%"
 
 
-def _spread(groups: list[Group], y: float) -> list[Markup]:
-    """Those names that leave each other room where the picture is narrow, those for which it has to be wide."""
-    names = [(group.name.replace("_", " "), group.middle) for group in groups]
-    narrow, wide = _fitting(names, _NARROW), _fitting(names, _WIDE)
-    kinds = {name: "tick" if name in narrow else "tick roomy" for name in wide}
-    return [_name(name, x, y, kinds[name], len(name) * _TICK_LETTER) for name, x in names if name in kinds]
+def _spread(groups: list[Group], y: float) -> tuple[list[Markup], int]:
+    """The names of all modules outside of layers, in as many rows as they need where the picture is wide, and where it
+    is narrow; and the most rows.
+    """
+    names = [(_short(group.name), group.middle) for group in groups]
+    wide, narrow = (_rows(names, pixels) for pixels in (_WIDE, _NARROW))
+    made = []
+    for (name, x), *rows in zip(names, wide, narrow, strict=True):
+        kinds = {"tick": rows[0]} if rows[0] == rows[1] else {"tick roomy": rows[0], "tick tight": rows[1]}
+        made += [_name(name, x, y + row * _ROW, kind, len(name) * _TICK_LETTER) for kind, row in kinds.items()]
+    return made, max((*wide, *narrow), default=-1) + 1
 
 
-def _fitting(names: list[tuple[str, float]], pixels: int) -> list[str]:
-    """From left to right, each that begins to the right of the one before; places in percent of the pixels."""
-    found, free = [], -1.0
+def _short(name: str) -> str:
+    """`deepstack 0` of `deepstack_merger_list 0`."""
+    return name.replace(MERGERS, "deepstack").replace("_", " ")
+
+
+def _rows(names: list[tuple[str, float]], pixels: int) -> list[int]:
+    """For each name the first row where it begins to the right of the one before; places in percent of the pixels."""
+    free: list[float] = []
+    found = []
     for name, x in names:
         width = len(name) * _TICK_LETTER
         left = x / 100 * (pixels - width)
-        if left > free:
-            found.append(name)
-            free = left + width + 10
+        row = next((row for row, end in enumerate(free) if left > end), len(free))
+        free[row:] = [left + width + 10, *free[row + 1 :]]
+        found.append(row)
     return found
 
 

@@ -2,9 +2,9 @@
 
 import math
 
+from qwen3vl_convert.quantities import amount, share
 from qwen3vl_convert.verify.report.drawing import picture
 from qwen3vl_convert.verify.report.markup import Markup, element, joined
-from qwen3vl_convert.verify.report.words import amount, share
 from qwen3vl_convert.verify.result import ULP_BUCKETS, WeightsReport
 
 _ROW, _BAR, _TOP = 26.0, 16.0, 26.0

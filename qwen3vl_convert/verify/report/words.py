@@ -1,8 +1,9 @@
-"""How numbers and findings are put into words, in the terminal and on the page."""
+"""How findings are put into words, in the terminal and on the page."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from qwen3vl_convert.quantities import amount, apart
 from qwen3vl_convert.verify.result import (
     Difference,
     LogitsReport,
@@ -12,51 +13,14 @@ from qwen3vl_convert.verify.result import (
     WeightsReport,
 )
 
+MODES = {
+    "whole": "both models whole in memory",
+    "stream": "streamed, one layer in memory at a time",
+    "parallel": "whole, the Megatron model in parallel over several processes",
+}
+"""By `LogitsReport.mode`."""
 _TOWERS = {"text": "model.language_model.layers.", "vision": "model.visual.blocks."}
 """What the names of tensors in layers begin with."""
-
-
-def figure(value: float) -> str:
-    """Few digits: `0`, `0.31`, `3.1e-7`, `NaN`, `-∞`."""
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
-    if value == 0 or 1e-3 <= abs(value) < 999.5:
-        return f"{value:.3g}"
-    if 999.5 <= abs(value) < 9999.5:
-        return f"{value:,.0f}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def share(value: float) -> str:
-    """`99.98 %`, rounded down: 100 % is all of them, and 0 % none."""
-    if 0 < value < 1e-4:
-        return "< 0.01 %"
-    return f"{math.floor(value * 10000) / 100:g} %" if math.isfinite(value) else figure(value)
-
-
-def direction(cosine: float) -> str:
-    """A cosine, of which what is missing to 1 matters: `1 - 3.1e-7`."""
-    return f"1 - {figure(1 - cosine)}" if 0.999 < cosine < 1 else figure(cosine)
-
-
-def amount(count: int, one: str, many: str = "") -> str:
-    """`1 tensor`, `1,024 tensors`."""
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def memory(nbytes: float) -> str:
-    """`4.26 GB`; decimal units."""
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = min(int(math.log10(max(nbytes, 1)) / 3 + 1e-4), len(units) - 1)
-    return f"{nbytes / 1000**power:.3g} {units[power]}"
 
 
 def worst(values: Sequence[float]) -> float:
@@ -121,9 +85,32 @@ def exactness(weights: WeightsReport) -> str:
 
 
 def _same_logits(logits: LogitsReport | None) -> str:
-    if logits is None:
+    return "" if logits is None else f", and {agreement(logits)}"
+
+
+def agreement(logits: LogitsReport) -> str:
+    return f"the logits of {amount(len(logits.prompts), 'prompt')} agree within rounding"
+
+
+def furthest(logits: LogitsReport) -> str:
+    """The difference that is largest for what is allowed, and that; "" where no prompt was run."""
+    if logits.worst is None:
         return ""
-    return f", and the logits of {amount(len(logits.prompts), 'prompt')} agree within rounding"
+    found, allowed = apart(logits.worst.max_abs, logits.worst.allowed)
+    return f"furthest apart by {found} of {allowed} allowed ({logits.worst.name})"
+
+
+def names_of(prompts: Sequence[PromptResult]) -> str:
+    """`text (96 tokens), image (57)`."""
+    first = [f"{prompts[0].name} ({amount(len(prompts[0].kl), 'token')})"] if prompts else []
+    return ", ".join([*first, *(f"{one.name} ({len(one.kl):,})" for one in prompts[1:])])
+
+
+def computation(logits: LogitsReport, versions: Mapping[str, str]) -> str:
+    """Where and how both models ran: `cpu, torch 2.13.0; fp32, and fp64 to tell rounding; both whole in memory`."""
+    torch = f", torch {versions['torch']}" if "torch" in versions else ""
+    exact = f"{logits.dtype}, and {logits.reference} to tell how much is rounding"
+    return f"{logits.device}{torch}; {exact}; {MODES.get(logits.mode, logits.mode)}"
 
 
 def _difference(found: Verification) -> str:
@@ -134,7 +121,7 @@ def _difference(found: Verification) -> str:
         which = "" if len(weights.differences) == 1 else "most of all "
         return f"{_differ(weights)}, {which}{tensor_place(by_severity(weights.differences)[0].name)}"
     if logits is not None and not logits.equal:
-        return f"{_failed_prompts(logits)}, though {_same_weights(weights)}"
+        return f"{disagreement(logits)}, though {_same_weights(weights)}"
     return f"the weights are equal, but the configs differ in {', '.join(weights.settings)}"
 
 
@@ -143,7 +130,7 @@ def _differ(weights: WeightsReport) -> str:
     return f"{count:,} of {amount(weights.tensors, 'tensor')} {'differs' if count == 1 else 'differ'}"
 
 
-def _failed_prompts(logits: LogitsReport) -> str:
+def disagreement(logits: LogitsReport) -> str:
     if not logits.prompts:
         return "no prompt was run"
     bad = failed(logits.prompts)

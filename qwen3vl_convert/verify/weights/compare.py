@@ -14,6 +14,7 @@ import numpy as np
 
 from qwen3vl_convert.fill import FillOptions, Progress
 from qwen3vl_convert.model import HuggingFaceModel, MegatronModel
+from qwen3vl_convert.progress import Report
 from qwen3vl_convert.storage import DTYPES
 from qwen3vl_convert.verify.result import Difference, WeightsReport
 from qwen3vl_convert.verify.settings import differing
@@ -23,7 +24,6 @@ from qwen3vl_convert.verify.weights.passes import each
 from qwen3vl_convert.verify.weights.sides import Sides, align
 from qwen3vl_convert.verify.weights.tally import Tally
 
-Report = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 MOST_GUESSES = 50

@@ -1,65 +1,35 @@
-"""The part of gpu_check that serves prompts with the inference engine: every step's logits beside transformers', in
-float32 and bfloat16, prefilled in chunks and decoded by captured CUDA graphs.
+"""Prompts that the inference engine serves: every step's logits beside transformers', in float32 and bfloat16,
+prefilled in chunks and decoded by captured CUDA graphs.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpu.checks import BFLOAT16, FLOAT32, ROUNDING, SPREAD, Run, dtype_name, root_mean_square
+from gpu.page import Row
 from inference_model.worlds import KINDS, NEAR, ROWS, World, make_world, visual
 from qwen3vl_convert.inference import Engine, EngineOptions, Request, SamplingParams, VisualInputs, load_model
 from qwen3vl_convert.verify.logits.prompts import Prompt
 
-HEAD = ["served", "dtype", "CUDA graphs", "largest difference", "allowed"]
 STEPS = 12
-SPREAD = 3.0
-"""In float32: how often what transformers on the device differs from transformers on a CPU."""
-ROUNDING = 2.0
-"""In bfloat16: how often what transformers in bfloat16 differs from float32, as the root of the mean square."""
 
 
-@dataclass(frozen=True)
-class Served:
-    """All prompts of one model, side by side."""
-
-    what: str
-    dtype: str
-    graphs: int
-    difference: float
-    allowed: float
-
-    @property
-    def passed(self) -> bool:
-        return self.difference <= self.allowed
-
-    def cells(self) -> list[str]:
-        found = f"{self.difference:.1e}"
-        return [
-            self.what,
-            self.dtype,
-            str(self.graphs),
-            found if self.passed else f"**{found}**",
-            f"{self.allowed:.1e}",
-        ]
-
-
-def served(work: Path, device: str) -> Iterator[Served]:
-    """All of them, checkpoints made in `work`."""
+def served(run: Run) -> Iterator[Row]:
+    """Each kind of model in each dtype."""
     for kind in KINDS:
-        world = make_world(kind, work / kind)
-        for dtype in (torch.float32, torch.bfloat16):
-            yield _served(kind, world, dtype, device)
+        world = make_world(kind, run.work / f"served {kind}")
+        for dtype in (FLOAT32, BFLOAT16):
+            yield _served(kind, world, dtype, run.device)
 
 
-def _served(kind: str, world: World, dtype: torch.dtype, device: str) -> Served:
-    engine = Engine(
-        load_model(world.folder, device=device, dtype=dtype),
-        EngineOptions(page_size=4, kv_tokens=1024, max_step_tokens=24, cuda_graphs=None if device == "cuda" else True),
-    )
+def _served(kind: str, world: World, dtype: torch.dtype, device: str) -> Row:
+    model = load_model(world.folder, device=device, dtype=dtype)
+    insisted = insists(model)
+    engine = Engine(model, EngineOptions(page_size=4, kv_tokens=1024, max_step_tokens=24, cuda_graphs=insisted))
     theirs = theirs_on(world, dtype, device)
     found, own = [], []
     for row in ROWS.values():
@@ -69,10 +39,28 @@ def _served(kind: str, world: World, dtype: torch.dtype, device: str) -> Served:
         exact = world.expected(prompt, tokens)[first:-1]
         found.append(_difference(logits, exact, dtype))
         own.append(_difference(theirs.expected(prompt, tokens, device).cpu()[first:-1], exact, dtype))
-    allowed = max(NEAR, SPREAD * max(own)) if dtype == torch.float32 else ROUNDING * max(own)
+    allowed = max(NEAR, SPREAD * max(own)) if dtype == FLOAT32 else ROUNDING * max(own)
+    return row_of(kind, dtype, graphs_of(engine), insisted, max(found), allowed)
+
+
+def row_of(kind: str, dtype: torch.dtype, graphs: int, insisted: bool, found: float, allowed: float) -> Row:
+    """Where graphs are insisted on, none is a failure."""
+    said = str(graphs) if insisted else f"{graphs}, as the host chooses the experts"
+    cells = (kind, dtype_name(dtype), said, f"{found:.1e}", f"{allowed:.1e}")
+    return Row("served", cells, found <= allowed and (graphs > 0 or not insisted))
+
+
+def insists(model: Any) -> bool:
+    """Whether decoding must go by graphs: with `None` an engine goes on without them where a capture fails. On a CPU it
+    goes through the same code, and nothing is captured.
+    """
+    return model.device.type == "cpu" or bool(model.capturable)
+
+
+def graphs_of(engine: Engine) -> int:
+    """How many were captured."""
     graphs = engine._runner.graphs
-    count = 0 if graphs is None else len(graphs.captured)
-    return Served(kind, str(dtype).removeprefix("torch."), count, max(found), allowed)
+    return 0 if graphs is None else len(graphs.captured)
 
 
 def theirs_on(world: World, dtype: torch.dtype, device: str) -> World:
@@ -105,4 +93,4 @@ def _kept(seen: list[Tensor], logits: Tensor) -> Tensor:
 
 def _difference(found: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
     gap = found.float() - exact.float()
-    return float(gap.abs().max() if dtype == torch.float32 else gap.square().mean().sqrt())
+    return float(gap.abs().max()) if dtype == FLOAT32 else root_mean_square(gap)

@@ -1,0 +1,135 @@
+"""What the program can use and does not bring along: one table of imports, the packages that have them and the extras
+that install those; and the error that names what is missing and the command that installs it.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from qwen3vl_convert.errors import NotInstalled
+
+PROGRAM = "qwen3vl-convert"
+NOT_INSTALLED = "unknown"
+"""The program's version in a checkout that nobody has installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """`module` is imported; `package` has it, as pip knows it; `extra` of this program installs that, if any does."""
+
+    module: str
+    package: str
+    extra: str = ""
+
+
+PACKAGES = (
+    Package("torch", "torch", "torch"),
+    Package("megatron.core", "megatron-core", "megatron"),
+    Package("triton", "triton", "megatron"),
+    Package("transformers", "transformers", "transformers"),
+    Package("psutil", "psutil", "transformers"),
+    Package("PIL", "pillow", "transformers"),
+    Package("tokenizers", "tokenizers", "transformers"),
+    Package("jinja2", "jinja2", "torch"),
+    Package("torchvision", "torchvision", "video"),
+    Package("av", "av", "video"),
+    Package("torchcodec", "torchcodec"),
+    Package("cv2", "opencv-python-headless"),
+    Package("decord", "decord"),
+    Package("flash_attn", "flash-attn"),
+    Package("transformer_engine", "transformer-engine"),
+)
+_EXTRAS = ("torch", "megatron", "transformers", "video")
+_NEEDS_TRITON = (0, 19)
+"""The release of megatron-core from which on it cannot be imported without triton, which torch for a CPU lacks."""
+
+
+def program_version() -> str:
+    """The version of the installed program; `unknown` in a bare checkout."""
+    return _version(PROGRAM) or NOT_INSTALLED
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def is_installed(module: str) -> bool:
+    """Whether there is such a module, without importing it."""
+    try:
+        return find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):  # the package that it would be in, or a stand-in for the module
+        return False
+
+
+def missing(*modules: str) -> tuple[Package, ...]:
+    """Of modules of the table, and of what they import and do not declare, what is not installed."""
+    wanted = dict.fromkeys(one for module in modules for one in (module, *_undeclared(module)))
+    return tuple(package for package in PACKAGES if package.module in wanted and not is_installed(package.module))
+
+
+def _undeclared(module: str) -> tuple[str, ...]:
+    if module != "megatron.core":
+        return ()
+    release = tuple(int(part) for part in _version("megatron-core").split(".")[:2] if part.isdecimal())
+    return ("psutil", "triton") if release >= _NEEDS_TRITON else ("psutil",)
+
+
+def need(purpose: str, *modules: str) -> None:
+    """Raise `NotInstalled` unless all are there: what needs them, their names, and the command that installs them."""
+    if absent := missing(*modules):
+        raise NotInstalled(_sentence(purpose, absent))
+
+
+def _sentence(purpose: str, absent: tuple[Package, ...]) -> str:
+    names = " and ".join(package.package for package in absent)
+    verb = "is" if len(absent) == 1 else "are"
+    return f"{purpose} needs {names}, which {verb} not installed: {command(absent)}"
+
+
+def command(absent: Iterable[Package]) -> str:
+    """What to type. Extras choose releases that work; a checkout that is not installed has none."""
+    every = tuple(absent)
+    by_extra = {package.extra for package in every if package.extra and program_version() != NOT_INSTALLED}
+    extras = [extra for extra in _EXTRAS if extra in by_extra]
+    rest = [package.package for package in every if package.extra not in by_extra]
+    return " ".join(["pip install", *([f"'{PROGRAM}[{','.join(extras)}]'"] if extras else ()), *rest])
+
+
+@contextmanager
+def named(purpose: str) -> Iterator[None]:
+    """A module that is imported inside and is missing becomes `NotInstalled`; one of the program's own does not."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise explained(error, purpose) or error from error.__cause__
+
+
+def explained(error: ModuleNotFoundError, purpose: str) -> NotInstalled | None:
+    """What to tell a user of a failed import; None where it is a mistake of the program's."""
+    module = error.name or ""
+    top = module.partition(".")[0]
+    if isinstance(error, NotInstalled) or top in ("", __name__.partition(".")[0]) or top in sys.stdlib_module_names:
+        return None
+    known = next((package for package in PACKAGES if top == package.module.partition(".")[0]), None)
+    if known is not None:
+        return NotInstalled(_sentence(purpose, (known,)))
+    return NotInstalled(
+        f"{purpose} needs the Python module {top}, which {_importer(error)} imports and which is not installed: "
+        f"install the package that has it."
+    )
+
+
+def _importer(error: ModuleNotFoundError) -> str:
+    """The package whose import statement failed."""
+    name, trace = "something", error.__traceback__
+    while trace is not None:
+        found = str(trace.tb_frame.f_globals.get("__name__", ""))
+        name = name if found.startswith("importlib") else found.partition(".")[0]
+        trace = trace.tb_next
+    return name
