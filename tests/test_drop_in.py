@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qwen3vl_convert import AutoBridge, ParallelLayout, make_checkpoint, megatron_to_hf
-from qwen3vl_convert.errors import OutputError, UsageError
+from qwen3vl_convert import AutoBridge, ParallelLayout, installed, make_checkpoint, megatron_to_hf
+from qwen3vl_convert.errors import NotInstalled, OutputError, UsageError
 from qwen3vl_convert.huggingface.safetensors import read_header
 from qwen3vl_convert.megatron.checkpoint import read_megatron
 from qwen3vl_convert.megatron.metadata import read_metadata
@@ -280,6 +280,14 @@ def test_a_revision_of_a_folder_is_the_folder(tiny: Path, tmp_path: Path) -> Non
     AutoBridge.import_ckpt(tiny, tmp_path / "m", revision="main")
     AutoBridge.from_hf_pretrained(tiny, revision="main").export_ckpt(tmp_path / "m", tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
+def test_without_megatron_core_live_models_say_what_to_install(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "is_installed", lambda module: not module.startswith("megatron"))
+    bridge = AutoBridge.from_hf_pretrained(tiny)
+    for action in (bridge.to_megatron_provider, lambda: bridge.load_megatron_model(tiny)):
+        with pytest.raises(NotInstalled, match="AutoBridge, for live models, needs megatron-core"):
+            action()
 
 
 # ---- bridges without weights -----------------------------------------------------------------------------------------
