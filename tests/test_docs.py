@@ -39,7 +39,9 @@ def own_mappings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own_mappings")
-@pytest.mark.parametrize("page", ["README.md", "docs/notation.md", "docs/adding-a-mapping.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/notation.md", "docs/adding-a-mapping.md", "docs/from-megatron-bridge.md"]
+)
 def test_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = "megatron.core" if page == "README.md" else "torch"
     pytest.importorskip(needed, reason=f"{page} uses {needed}, which is not installed")

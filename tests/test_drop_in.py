@@ -4,6 +4,7 @@ Megatron-Bridge 0.6.2 wrote the golden checkpoints from the golden Hugging Face 
 nor a network is needed here.
 """
 
+import inspect
 import json
 import os
 import subprocess
@@ -16,16 +17,18 @@ from typing import Any
 import pytest
 import yaml
 
-from qwen3vl_convert import AutoBridge, ParallelLayout, make_checkpoint, megatron_to_hf
-from qwen3vl_convert.errors import OutputError, UsageError
+from qwen3vl_convert import AutoBridge, ParallelLayout, installed, make_checkpoint, megatron_to_hf
+from qwen3vl_convert.errors import NotInstalled, OutputError, UsageError
 from qwen3vl_convert.huggingface.safetensors import read_header
 from qwen3vl_convert.megatron.checkpoint import read_megatron
 from qwen3vl_convert.megatron.metadata import read_metadata
 from qwen3vl_convert.models.auto_bridge import NOT_HERE
+from qwen3vl_convert.models.bridge_arguments import INSTEAD, LIVE, LOADING
 from qwen3vl_convert.reader import are_equal
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "docs" / "drop_in.py"
+PAGE = ROOT / "docs" / "from-megatron-bridge.md"
 THEIRS, OURS = "from megatron.bridge import AutoBridge", "from qwen3vl_convert import AutoBridge"
 CASES = {"dense": "dense_tp1pp1", "dense-tied": "dense_tied_tp1pp1", "moe": "moe_tp1pp1"}
 
@@ -106,7 +109,7 @@ def test_run_config_says_what_theirs_says(done: Path, theirs: Path) -> None:
         for f in (done / "megatron", theirs)
     )
     different = {key: (value, golden.get(key)) for key, value in ours.items() if golden.get(key) != value}
-    expected = {
+    expected: dict[str, tuple[Any, Any]] = {
         # Theirs is null until the process groups are known.
         "model.pipeline_dtype._call_": (False, None),
         "model.pipeline_dtype._target_": ("torch.bfloat16", None),
@@ -149,6 +152,69 @@ def same_folder(back: Path, source: Path) -> None:
 def test_their_checkpoint_comes_back_too(source: Path, theirs: Path, tmp_path: Path) -> None:
     AutoBridge.from_hf_pretrained(source).export_ckpt(theirs, tmp_path / "back")
     same_folder(tmp_path / "back", source)
+
+
+# ---- the methods of Megatron-Bridge 0.6.2 ----------------------------------------------------------------------------
+
+# Read from its wheel: arguments in their order, with their defaults.
+SIGNATURES = {
+    "list_supported_models": (),
+    "supports": ("config",),
+    "from_auto_config": ("megatron_path", "hf_model_id", "trust_remote_code=False"),
+    "from_hf_config": ("config",),
+    "from_hf_pretrained": ("path", "**kwargs"),
+    "can_handle": ("path", "trust_remote_code=False"),
+    "load_hf_weights": ("model", "hf_path=None", "allowed_mismatched_params=None"),
+    "export_hf_weights": (
+        "model", "cpu=False", "show_progress=True", "conversion_tasks=None", "merge_adapter_weights=True",
+        "weight_dtype=None",
+    ),
+    "save_hf_pretrained": (
+        "model", "path", "show_progress=True", "source_path=None", "strict=True", "merge_adapter_weights=True",
+        "distributed_save=False", "save_every_n_ranks=1", "weight_dtype=None",
+    ),
+    "save_megatron_model": (
+        "model", "path", "hf_tokenizer_path=None", "low_memory_save=False", "hf_tokenizer_kwargs=None",
+    ),
+    "load_megatron_model": ("path", "mp_overrides=None", "**kwargs"),
+    "import_ckpt": ("hf_model_id", "megatron_path", "**kwargs"),
+    "export_ckpt": ("megatron_path", "hf_path", "show_progress=True", "strict=False", "source_path=None"),
+    "to_megatron_model": ("load_weights=True", "hf_path=None", "**kwargs"),
+    # True there, where it speaks of provide_distributed_model alone: that fills the model here too.
+    "to_megatron_provider": ("load_weights=None", "hf_path=None"),
+    "get_hf_model_id_from_checkpoint": ("path",),
+}  # fmt: skip
+NOT_THERE = {
+    "export_adapter_ckpt", "export_adapter_weights", "export_hf_weights_modelopt", "export_hf_weights_quant",
+    "get_conversion_tasks", "push_to_hub", "save_hf_adapter", "save_hf_weights",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", SIGNATURES)
+def test_takes_the_arguments_of_megatron_bridge_in_its_order(method: str) -> None:
+    found = inspect.signature(getattr(AutoBridge, method)).parameters.values()
+    written = [as_written(one) for one in found if one.name != "self"]
+    theirs = SIGNATURES[method]
+    assert [one for one in written if one in theirs] == list(theirs)
+    own = [one for one in found if one.name != "self" and as_written(one) not in theirs]
+    assert all(one.kind in (one.KEYWORD_ONLY, one.VAR_KEYWORD) for one in own), "what is ours is passed by name"
+
+
+def as_written(one: inspect.Parameter) -> str:
+    if one.kind is one.VAR_KEYWORD:
+        return f"**{one.name}"
+    return one.name if one.default is one.empty else f"{one.name}={one.default!r}"
+
+
+def test_every_other_method_is_refused_by_name() -> None:
+    assert set(NOT_HERE) == NOT_THERE
+
+
+def test_the_page_shows_the_script_and_names_every_method() -> None:
+    page = PAGE.read_text()
+    assert SCRIPT.read_text().partition('"""\n\n')[2] in page
+    assert [name for name in (*SIGNATURES, *NOT_THERE) if f"`{name}" not in page] == []
+    assert [name for name in (*LOADING, *LIVE, *INSTEAD) if f"`{name}" not in page] == []
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -214,6 +280,14 @@ def test_a_revision_of_a_folder_is_the_folder(tiny: Path, tmp_path: Path) -> Non
     AutoBridge.import_ckpt(tiny, tmp_path / "m", revision="main")
     AutoBridge.from_hf_pretrained(tiny, revision="main").export_ckpt(tmp_path / "m", tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
+def test_without_megatron_core_live_models_say_what_to_install(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "is_installed", lambda module: not module.startswith("megatron"))
+    bridge = AutoBridge.from_hf_pretrained(tiny)
+    for action in (bridge.to_megatron_provider, lambda: bridge.load_megatron_model(tiny)):
+        with pytest.raises(NotInstalled, match="AutoBridge, for live models, needs megatron-core"):
+            action()
 
 
 # ---- bridges without weights -----------------------------------------------------------------------------------------

@@ -126,32 +126,25 @@ def _chunks(
 
 
 def _objects(parameters: list[Stored], sizes: Sizes, layout: ParallelLayout) -> Iterator[_Item]:
-    """`_extra_state` of every module that has one: None satisfies all who insist on them."""
-    empty = object_blob([None])
-    for module, shape, offsets, holder in extra_states(parameters, sizes, layout):
-        yield _Item(holder, f"{module}_extra_state/shard_{_dotted(offsets)}_{_dotted(shape)}", None, content=empty)
-
-
-def extra_states(
-    parameters: Iterable[Stored], sizes: Sizes, layout: ParallelLayout
-) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], int]]:
-    """The modules that have an `_extra_state` in Transformer Engine, which strict loaders insist on: (key up to that
-    word, how many there are along the stacked axes, which of them, the global rank that holds it).
+    """`_extra_state` of every module that has one in Transformer Engine: strict loaders insist on them, None satisfies
+    all.
     """
+    empty = object_blob([None])
     for one in parameters:
         name = one.equation.megatron.name
         if not name.endswith(".weight") or ("." + name).endswith(_NO_EXTRA_STATE):
             continue
-        shape = tuple(sizes[axis] for axis in one.stack) or (1,)
-        for key, offsets, holder in _first_holders(one, sizes, layout):
-            yield key.removesuffix("weight"), shape, offsets or (0,), holder
+        for key, offsets, holder in _extra_states(one, sizes, layout):
+            shape = [sizes[axis] for axis in one.stack]
+            at = f"{_dotted(offsets or (0,))}_{_dotted(shape or [1])}"
+            yield _Item(holder, f"{key.removesuffix('weight')}_extra_state/shard_{at}", None, content=empty)
 
 
 def _dotted(numbers: Iterable[int]) -> str:
     return ".".join(str(number) for number in numbers)
 
 
-def _first_holders(one: Stored, sizes: Sizes, layout: ParallelLayout) -> Iterator[tuple[str, tuple[int, ...], int]]:
+def _extra_states(one: Stored, sizes: Sizes, layout: ParallelLayout) -> Iterator[tuple[str, tuple[int, ...], int]]:
     """(key of the weight, index along the stacked axes, global rank) of each object of a module."""
     seen = set()
     for shard in shards(one, sizes, 1, layout):

@@ -12,6 +12,7 @@ converted without torch and Megatron-Core, which are imported by the methods tha
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
@@ -24,6 +25,7 @@ from qwen3vl_convert.errors import ConvertError, UsageError
 from qwen3vl_convert.huggingface.config import config_json
 from qwen3vl_convert.huggingface.files import auxiliary_files, has_weights
 from qwen3vl_convert.huggingface.hub import resolve
+from qwen3vl_convert.installed import need
 from qwen3vl_convert.manifest import read_manifest
 from qwen3vl_convert.mappings import MegatronMappingRegistry
 from qwen3vl_convert.megatron.checkpoint import iteration_folder, read_megatron
@@ -207,16 +209,13 @@ class AutoBridge:
     @cached_property
     def bridge(self) -> Any:
         """The bridge of the family: `Qwen3VLBridge` or `Qwen3VLMoEBridge`."""
-        from qwen3vl_convert.models.bridge import BRIDGES
-
-        return BRIDGES[self.model_type](self.source)
+        return _of_live_models("bridge").BRIDGES[self.model_type](self.source)
 
     @property
     def transformer_config(self) -> Any:
         """Megatron-Core's TransformerConfig of the text model, checked."""
-        from qwen3vl_convert.models.transformer_config import plain_config
-
-        return plain_config(self.to_megatron_provider(load_weights=False))
+        provider = self.to_megatron_provider(load_weights=False)
+        return _of_live_models("transformer_config").plain_config(provider)
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """As the bridge's."""
@@ -315,12 +314,10 @@ class AutoBridge:
         The config of the bridge's model travels along, and its tokenizer and processor files or those of
         `hf_tokenizer_path`. The checkpoint appears when it is complete; what fails on one rank is raised on all.
         """
-        from qwen3vl_convert.models.checkpointing import save_model
-
         asked = {"low_memory_save": low_memory_save, "hf_tokenizer_kwargs": hf_tokenizer_kwargs}
         check_arguments("save_megatron_model", asked)
         files = hf_tokenizer_path or self.source.name or self.hf_model_id
-        save_model(model, self.source, Path(path), files, iteration, overwrite)
+        _of_live_models("checkpointing").save_model(model, self.source, Path(path), files, iteration, overwrite)
 
     def load_megatron_model(
         self,
@@ -336,12 +333,19 @@ class AutoBridge:
         is whole. Settings are those of the bridge's model, the padded vocabulary is the checkpoint's. Raises
         `TensorError`'s kinds unless checkpoint and model are the same tensors.
         """
-        from qwen3vl_convert.models.checkpointing import load_model
-
         check_arguments("load_megatron_model", kwargs, known=("wrap_with_ddp",))
         if kwargs.get("wrap_with_ddp"):
             raise UsageError("AutoBridge.load_megatron_model: wrap_with_ddp=True: wrap the chunks that it returns.")
-        return load_model(self.bridge, self.source, Path(path), iteration, dict(mp_overrides or {}))
+        chunks: list[Any] = _of_live_models("checkpointing").load_model(
+            self.bridge, self.source, Path(path), iteration, dict(mp_overrides or {})
+        )
+        return chunks
+
+
+def _of_live_models(module: str) -> Any:
+    """A module of this room that needs Megatron-Core, imported when it is needed."""
+    need("AutoBridge, for live models,", "torch", "megatron.core")
+    return import_module(f"qwen3vl_convert.models.{module}")
 
 
 def _not_here(method: str, instead: str) -> Callable[..., NoReturn]:

@@ -7,15 +7,12 @@ PATH/iter_0000000/   what Megatron-Core writes, and what `hf_to_megatron` puts b
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from itertools import chain
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from qwen3vl_convert.dims import CONFIG_FILE
 from qwen3vl_convert.errors import UsageError
@@ -23,7 +20,7 @@ from qwen3vl_convert.huggingface.config import config_json
 from qwen3vl_convert.huggingface.files import auxiliary_files
 from qwen3vl_convert.huggingface.hub import resolve
 from qwen3vl_convert.megatron.checkpoint import HF_FOLDER
-from qwen3vl_convert.megatron.target import MegatronOptions, extra_states, run_files
+from qwen3vl_convert.megatron.target import MegatronOptions, run_files
 from qwen3vl_convert.model import EMBEDDING, MegatronModel, open_megatron
 from qwen3vl_convert.models.cut import layout_of, stages_of
 from qwen3vl_convert.models.live import METADATA, OpenedModel, open_live, read_live, unwrapped
@@ -31,7 +28,6 @@ from qwen3vl_convert.models.ranks import everyones, rank, together
 from qwen3vl_convert.models.restore import plan_restoring
 from qwen3vl_convert.models.source import Source
 from qwen3vl_convert.models.world import single_process
-from qwen3vl_convert.parallel import ParallelLayout
 from qwen3vl_convert.seal import publishing, refuse_existing
 
 State = dict[str, Any]
@@ -59,7 +55,7 @@ def save_model(
                 (staging.content / options.folder).mkdir(parents=True)
         place = Path(everyones(None if staging is None else str(staging.content))[0])
         with together():
-            _save_shards(model, opened, options, place / options.folder)
+            _save_shards(model, iteration, place / options.folder)
         with together():
             if staging is not None:
                 _write_beside(opened, live.tensors[EMBEDDING[0]].dtype, source, files, options, place)
@@ -67,31 +63,15 @@ def save_model(
                 staging.publish(fsync=True)
 
 
-def _save_shards(model: Any, opened: OpenedModel, options: MegatronOptions, folder: Path) -> None:
+def _save_shards(model: Any, iteration: int, folder: Path) -> None:
     chunks = unwrapped(model)
     names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
     states = {
         name: chunk.sharded_state_dict(prefix="", metadata=dict(METADATA))
         for name, chunk in zip(names, chunks, strict=True)
     }
-    missing = _missing_extra_states(states, opened, options.layout)
-    state = {"checkpoint_version": 3.0, "iteration": options.iteration, **states, "extra_states": missing}
+    state = {"checkpoint_version": 3.0, "iteration": iteration, **states}
     dist_checkpointing.save(state, str(folder), content_metadata=dict(METADATA), **_own_writer())
-
-
-def _missing_extra_states(states: State, opened: OpenedModel, layout: ParallelLayout) -> list[ShardedObject]:
-    """Objects that Transformer Engine's modules have and others have not: a strict reader that runs it wants them.
-
-    Rank 0 writes them, with the content that every release of it takes for "nothing".
-    """
-    objects = (value for value in nested_values(states) if isinstance(value, ShardedObject))
-    known = set(chain.from_iterable(everyones([value.unique_key for value in objects])))
-    wanted = {
-        (f"{key}_extra_state", shape, offsets)
-        for key, shape, offsets, _ in extra_states(opened.stored, opened.model.sizes, layout)
-    }
-    made = [ShardedObject(key, None, shape, offsets) for key, shape, offsets in sorted(wanted)]
-    return [value for value in made if value.unique_key not in known] if rank() == 0 else []
 
 
 def _own_writer() -> State:
