@@ -75,6 +75,7 @@ def test_it_says_which_models_it_built_of_what_where_and_how_far_apart_they_are(
     assert [line.split("  ")[0].strip() for line in steps.splitlines()] == [
         "convert to Megatron, TP2 PP2 EP2",
         "compare with the source",
+        "import what both models need",
         "build both models, compare logits",
         "convert back",
         "convert again, TP1",
