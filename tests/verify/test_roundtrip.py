@@ -17,7 +17,7 @@ from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.verify import LogitsOptions, roundtrip
 from verify.planting import DENSE, MOE
 
-pytest.importorskip("megatron.core")
+core = pytest.importorskip("megatron.core")
 pytest.importorskip("transformers")
 
 pytestmark = [pytest.mark.megatron, pytest.mark.transformers, pytest.mark.filterwarnings("ignore")]
@@ -87,7 +87,7 @@ def test_it_says_which_models_it_built_of_what_where_and_how_far_apart_they_are(
     assert len(re.findall(r"equal, \d+ tensors bit for bit", steps)) == 3
     assert [line.split()[0] for line in prompts.splitlines()] == ["prompt", *PROMPTS]
     assert f"transformers {version('transformers')}, weights of {made / 'moe'} (float32)" in models
-    assert f"Qwen3VLModel on megatron-core {version('megatron-core')}, weights of the Megatron checkpoint" in models
+    assert f"Qwen3VLModel on megatron-core {core.__version__}, weights of the Megatron checkpoint" in models
     assert "(TP2 PP2 EP2 ETP1, float32)" in models
     assert f"cpu, torch {version('torch')}; fp32, and fp64 to tell how much is rounding" in models
     assert re.search(furthest, models)
