@@ -5,13 +5,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from broken import QUICK
+from broken import QUICK, command
 from qwen3vl_convert import ParallelLayout, convert, hf_to_megatron, make_checkpoint
 from qwen3vl_convert.cli.app import app
 from qwen3vl_convert.make import SIZES
@@ -151,6 +152,21 @@ def test_a_report_of_weights_alone(made: Path, tmp_path: Path) -> None:
     assert "bit for bit" in re.sub(r"<[^>]+>|\s+", " ", (tmp_path / "page.html").read_text())
 
 
+def test_a_report_says_when_and_by_what_command_it_was_made(made: Path, tmp_path: Path) -> None:
+    page = tmp_path / "a page.html"
+    before = datetime.now(UTC).replace(microsecond=0)
+    done = command("verify", made / "moe", made / "moe-run", "--workers", 1, "--report", page)
+    assert done.returncode == 0, done.stderr
+    said = re.sub(r"<[^>]+>", "", page.read_text())
+    assert f"qwen3vl-convert verify {made / 'moe'} {made / 'moe-run'} --workers 1 --report &#x27;{page}&#x27;" in said
+    (date,) = re.findall(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", said)
+    assert before <= datetime.fromisoformat(date.replace("Z", "+00:00")) <= datetime.now(UTC)
+    assert "TP2 PP1 EP1 ETP1" in said
+    assert "megatron torch_dist; keys: stacked, common.pt" in said
+    assert "huggingface; names: hub, experts: hub" in said
+    assert "bfloat16" in said
+
+
 def test_a_bug_is_no_answer(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 1 means that the models differ."""
 
@@ -184,6 +200,10 @@ def test_there_and_back(made: Path, name: str, scratch: Path) -> None:
     compared = [step["found"] for step in found["steps"] if step["found"]]
     assert len(compared) == 2
     assert all(one["weights"]["tensors"] > 50 for one in compared)
+    folders = [step["changes"] for step in found["steps"] if step["changes"]]
+    assert len(folders) == (0 if name.endswith("run") else 1), "what came back, itself"
+    assert all(one["tensors"] > 50 and one["changes"] == [] for one in folders)
+    assert all(step["equal"] for step in found["steps"])
 
 
 def test_as_a_person_reads_it(made: Path, scratch: Path) -> None:
