@@ -194,6 +194,7 @@ def test_classes_are_what_the_document_says_they_are() -> None:
     assert all(issubclass(named(f"provider.{name}"), TransformerConfig) for name in PROVIDERS)
 
 
+@pytest.mark.slow
 def test_the_room_exports_its_names_and_imports_nothing_before_they_are_used() -> None:
     import subprocess
     import sys
