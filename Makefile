@@ -5,7 +5,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 WORKERS ?= 2
 # A file's tests share what they set up: checkpoints, and processes that have imported Megatron-Core.
-PYTEST = bin/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -21,7 +21,8 @@ PYTHON312 ?= $(call find_python,3.12)
 PYTHON313 ?= $(call find_python,3.13)
 
 INPUTS := pyproject.toml setup.py constraints.txt
-PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
+# What is never imported need not be compiled.
+PIP_INSTALL = bin/python -m pip install -qq --no-compile --disable-pip-version-check
 # The oldest transformers that is supported, with what it needs older than constraints.txt says. It needs requests too.
 OLDEST := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 

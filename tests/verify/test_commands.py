@@ -74,6 +74,7 @@ class TestLogits:
         assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
         assert page.read_text().startswith("<!doctype html>")
 
+    @pytest.mark.slow
     def test_of_two(self, made: Path, tmp_path: Path) -> None:
         other = changed_folder(made / "dense", tmp_path / "other", lambda found: found[UP].mul_(1.5))
         human = invoke("verify", other, made / "dense-run", "--logits", "--device", "cpu")
@@ -85,6 +86,7 @@ class TestLogits:
         assert found["equal"] is False
         assert found["logits"]["place"]["parameters"] == [UP]
 
+    @pytest.mark.slow
     def test_in_bfloat16(self, made: Path) -> None:
         found = json_of("verify", made / "dense", made / "dense-run", "--logits", "--device", "cpu", "--dtype", "bf16")
         assert (found["equal"], found["logits"]["dtype"], found["logits"]["reference"]) == (True, "bf16", "fp32")
@@ -97,6 +99,7 @@ class TestLogits:
         assert result.exit_code == 2
         assert "--device cpu" in result.stderr
 
+    @pytest.mark.slow
     def test_models_that_do_not_fit_are_streamed(self, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from qwen3vl_convert.verify.logits import compare
 

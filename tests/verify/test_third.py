@@ -52,6 +52,7 @@ def test_what_is_right_passes(name: str, dtype: str, bases: Bases) -> None:
     assert {"visual.blocks.2.attn", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp"} <= layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLACES)
 def test_what_is_wrong_is_found_where_it_is(name: str, bases: Bases, tmp_path: Path) -> None:
     report = opinion(*FAULTS[name].planted(bases, tmp_path))
