@@ -4,6 +4,7 @@ Parts are run as the program runs them, each in a process of its own, from a che
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -132,7 +133,7 @@ def test_a_check_that_raises_does_not_end_its_part(tmp_path: Path, monkeypatch: 
     def fine(run: Any) -> Iterator[Any]:
         yield page.Row("sanity", ("after", "yes"), True)
 
-    monkeypatch.setitem(sys.modules, "made_up", type("made_up", (), {"CHECKS": (raises, fine)}))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "made_up", type("made_up", (), {"CHECKS": (raises, fine)}))
     one = parts.Part("both", "", "made_up", 1, 1)
     before, error, after = part.rows(checks.Run("cpu", tmp_path), one)
     assert (before.cells[0], after.cells[0]) == ("before", "after")
@@ -272,7 +273,7 @@ def test_checkpoints_wait_for_room_and_go_when_they_are_released(
         taken = 6e9 if (tmp_path / "first").exists() and any((tmp_path / "first").iterdir()) else 0
         return type("Usage", (), {"free": 12e9 - taken})
 
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
     monkeypatch.setattr(checkpoints, "COMMAND", (sys.executable, "-c", FAKE))
     env = driver.prepared(tmp_path, driver.Options("cpu", 1, 1, tmp_path, tmp_path / "no wheels"))
     with (tmp_path / "log.txt").open("w") as log:

@@ -57,11 +57,8 @@ def test_weights_are_read_once_for_logits_in_several_dtypes(
     bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is passed in is what is answered, what it found different too."""
-    pairs = [
-        (bases.huggingface("dense"), bases.megatron("dense")),
-        FAULTS["o_proj transposed"].planted(bases, tmp_path),
-    ]
-    for pair, equal in zip(pairs, (True, False), strict=True):
+    right, wrong = (bases.huggingface("dense"), bases.megatron("dense")), FAULTS["o_proj transposed"]
+    for pair, equal in ((right, True), (wrong.planted(bases, tmp_path), False)):
         first = verify(*pair)
         with monkeypatch.context() as patch:
             patch.setattr(verification, "compare_weights", lambda *_, **__: pytest.fail("compared again"))
