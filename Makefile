@@ -28,7 +28,8 @@ OLDEST := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 
 say = @echo "==> $(1)"
 
-.PHONY: help demo test test-newest test-oldest-transformers test-light test-3.13 lint format docs docs-check bench bench-inference gpu-check clean
+.PHONY: help demo test test-newest test-oldest-transformers test-light test-3.13 lint format docs docs-check bench
+.PHONY: bench-inference gpu-check gpu-rehearsal clean
 .PHONY: setup setup-newest setup-oldest-transformers setup-light setup-3.13
 
 help:  ## this list
@@ -161,9 +162,13 @@ bench-inference: setup  ## prefill and decoding, each with its ratio to transfor
 	$(call say,Measuring the inference engine beside the generate of transformers on the CPU; --device cuda for a GPU)
 	@.venv/bin/python benchmarks/inference.py
 
-gpu-check: setup  ## the models against transformers on this machine's GPU
-	$(call say,Comparing logits and timing a prefill; figures go to docs/gpu-results.md)
-	@.venv/bin/python benchmarks/gpu_check.py --write docs/gpu-results.md
+gpu-check: setup  ## all that only a GPU can show, in parts; results go to gpu-results/ (see docs/gpu-results.md)
+	$(call say,Checking kernels and models and speed on this GPU; results go to gpu-results as they come)
+	@.venv/bin/python benchmarks/gpu_check.py
+
+gpu-rehearsal: setup  ## the same with tiny models on the CPU: shows that the script works, and nothing of a GPU
+	$(call say,Rehearsing gpu-check on the CPU)
+	@DEVICE=cpu SLACK=$(or $(SLACK),4) .venv/bin/python benchmarks/gpu_check.py
 
 clean:  ## remove environments, caches and builds
 	$(call say,Removing environments, caches and builds)

@@ -9,8 +9,8 @@ import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
