@@ -400,7 +400,7 @@ def test_what_no_config_decides_is_the_class_default_but_nothing_is_frozen(
 ) -> None:
     from dataclasses import fields
 
-    from qwen3vl_convert.models.bridge import AutoBridge
+    from qwen3vl_convert.models import AutoBridge
 
     make_checkpoint(tmp_path / "hf", dims)
     made = AutoBridge.from_hf_pretrained(tmp_path / "hf").to_megatron_provider()
