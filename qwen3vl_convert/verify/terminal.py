@@ -80,7 +80,7 @@ def _prompts(logits: LogitsReport) -> list[str]:
 def _row(prompt: PromptResult) -> tuple[str, ...]:
     mean = sum(prompt.kl) / len(prompt.kl) if prompt.kl else 0.0
     sizes = (*apart(prompt.max_abs, prompt.allowed), *map(figure, (worst(prompt.kl), mean)))
-    shares = map(share, (prompt.top1, prompt.top5))
+    shares = (share(prompt.top1, 0), share(prompt.top5, 0))
     return prompt.name, f"{len(prompt.kl):,}", *sizes, *shares, "" if prompt.passed else "differs"
 
 
@@ -122,12 +122,12 @@ def _stored(found: Verification, side: int) -> str:
 
 def trip_verdict(trip: RoundTrip) -> str:
     """The answer of `roundtrip` in one line."""
-    by_way_of = f"there and back, {' and '.join(trip.layouts)}"
     if trip.equal:
-        return f"EQUAL: {by_way_of}{'' if trip.logits is None else f'; {_both_built(trip.logits)}'}."
+        built = "" if trip.logits is None else f"; {_both_built(trip.logits)}"
+        return f"EQUAL: there and back, {' and '.join(trip.layouts)}{built}."
     last = trip.steps[-1]
     bits = last.found is None or not last.found.weights.equal
-    parts = ["what comes back is not what went"] if bits else [by_way_of]
+    parts = ["what comes back is not what went" if bits else "equal bits, another function"]
     if trip.logits is not None and not trip.logits.equal:
         parts.append(_both_built(trip.logits))
     return f"DIFFERENT: {'; '.join(parts)}."
