@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 BLOCK = re.compile(r"(?<=```console run\n).*?(?=```$)", re.DOTALL | re.MULTILINE)
-_VARIES = re.compile(r"\d[\d.]* (s|[kMGT]?B)\b")
+_VARIES = re.compile(r"(?:< )?\d[\d.]* (s|[kMGT]?B)\b")
 _ROOT = Path(__file__).resolve().parents[1]
 
 

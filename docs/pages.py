@@ -14,6 +14,7 @@ from typing import Any
 import qwen3vl_convert
 from qwen3vl_convert import mappings, verify
 from qwen3vl_convert.cli.app import app
+from qwen3vl_convert.cli.names import ALIASES, HINTS
 from qwen3vl_convert.make import SIZES
 from qwen3vl_convert.mappings import Equation, Mapping, MegatronMappingRegistry, Term, qwen3_vl
 from qwen3vl_convert.megatron.placement import cut_dimension
@@ -33,7 +34,25 @@ def commands() -> str:
     parts = ["# Commands", _NOTE, _paragraphs(group.help)]
     parts.append("Options before the command: " + ", ".join(f"`{p.opts[0]}` ({p.help})" for p in group.params) + "\n")
     parts += [_command(name, command) for name, command in group.commands.items()]
-    return "\n".join(parts)
+    return "\n".join([*parts, _names_of_others()])
+
+
+_NAMES_OF_OTHERS = """## Names that others use
+
+What Megatron-LM, Megatron-Bridge and others call these options works in every command that has them, also with `_`.
+
+| here | also |
+| --- | --- |"""
+_TOLD = "Of these, which have other values or no counterpart, the error says what to do here:"
+
+
+def _names_of_others() -> str:
+    ours: dict[str, list[str]] = {}
+    for name, option in ALIASES.items():
+        ours.setdefault(option, []).append(f"`{name}`")
+    lines = [f"| `{option}` | {', '.join(names)} |" for option, names in ours.items()]
+    told = ", ".join(f"`{name}`" for name in HINTS)
+    return f"{_NAMES_OF_OTHERS}\n" + "\n".join(lines) + f"\n\n{_TOLD}\n{told}.\n"
 
 
 def _command(name: str, command: Any) -> str:
@@ -249,7 +268,7 @@ def _entry(name: str, value: Any) -> str:
     if isinstance(node, ast.FunctionDef):
         return f"### {name}\n\n{_code(_signature(node))}\n{_documentation(node)}"
     if isinstance(node, ast.ClassDef):
-        return f"### {name}\n\n{_code(_class(node, value))}\n{_documentation(node)}{_methods(node)}"
+        return f"### {name}\n\n{_code(_class(node, value))}\n{_documentation(node)}{_methods(value)}"
     return f"### {name}\n\n{_code(_written(node))}\n{_documentation_below(name, value)}"
 
 
@@ -345,25 +364,32 @@ def _class(node: ast.ClassDef, value: type) -> str:
 
 
 def _fields(value: type) -> Iterator[str]:
-    """The fields of a dataclass, its bases' first."""
+    """The fields of a dataclass, its bases' first; one that is declared again once, as it is in the end."""
+    found: dict[str, str] = {}
     for one in reversed(value.__mro__):
         if one.__module__.startswith("qwen3vl_convert"):
             node = _definition(one.__name__, one)
             fields = (f for f in getattr(node, "body", ()) if isinstance(f, ast.AnnAssign))
-            yield from (t for t in map(_written, fields) if "ClassVar" not in t and not t.startswith("_"))
+            found |= {text.partition(":")[0]: text for text in map(_written, fields)}
+    yield from (text for text in found.values() if "ClassVar" not in text and not text.startswith("_"))
 
 
-def _methods(node: ast.ClassDef) -> str:
-    """Public methods and properties that say something about themselves."""
+def _methods(value: type) -> str:
+    """Public methods and properties that say something about themselves, those of private bases included."""
     out = []
-    for one in node.body:
-        if isinstance(one, ast.FunctionDef) and not one.name.startswith("_") and ast.get_docstring(one):
-            names = {ast.unparse(decorator) for decorator in one.decorator_list}
-            is_value = names & {"property", "cached_property"}
-            returns = _annotation(one.returns) if one.returns else ""
-            out.append(_code(f"{one.name}: {returns}" if is_value else _signature(one, method=True)))
-            out.append(_documentation(one))
+    shown = [value, *(base for base in value.__mro__[1:] if base.__name__.startswith("_"))]
+    nodes = [_definition(one.__name__, one) for one in shown if one.__module__.startswith("qwen3vl_convert")]
+    for one in {f.name: f for node in reversed(nodes) for f in getattr(node, "body", ()) if _is_shown(f)}.values():
+        names = {ast.unparse(decorator) for decorator in one.decorator_list}
+        is_value = names & {"property", "cached_property"}
+        returns = _annotation(one.returns) if one.returns else ""
+        out.append(_code(f"{one.name}: {returns}" if is_value else _signature(one, method=True)))
+        out.append(_documentation(one))
     return "".join(f"\n{part}" for part in out)
+
+
+def _is_shown(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and bool(ast.get_docstring(node))
 
 
 def _documentation(node: ast.FunctionDef | ast.ClassDef) -> str:

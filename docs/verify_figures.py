@@ -20,6 +20,7 @@ from qwen3vl_convert.verify.result import (
     Place,
     PointResult,
     PromptResult,
+    Side,
     Verification,
     WeightsReport,
 )
@@ -51,7 +52,8 @@ def from_json(value: dict[str, Any]) -> Verification:
     weights, logits = dict(value["weights"]), value["logits"]
     weights["differences"] = tuple(_difference(one) for one in weights["differences"])
     kept = {name: value[name] for name in ("huggingface", "megatron", "model", "versions")}
-    return Verification(**kept, weights=WeightsReport(**weights), logits=logits and _logits(dict(logits)))
+    sides = tuple(Side(**one) for one in value["sides"])
+    return Verification(**kept, weights=WeightsReport(**weights), logits=logits and _logits(dict(logits)), sides=sides)
 
 
 def _difference(value: dict[str, Any]) -> Difference:
@@ -65,7 +67,8 @@ def _logits(value: dict[str, Any]) -> LogitsReport:
         place = Place(point, place["text"], tuple(place["parameters"]))
     prompts = tuple(PromptResult(**one) for one in value["prompts"])
     points = tuple(PointResult(**one) for one in value["points"])
-    return LogitsReport(**{**value, "prompts": prompts, "points": points, "place": place})
+    lists = {name: tuple(value[name]) for name in ("programs", "deepstack")}
+    return LogitsReport(**{**value, **lists, "prompts": prompts, "points": points, "place": place})
 
 
 def verified(folder: Path) -> Verification:

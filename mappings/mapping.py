@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qwen3vl_convert.errors import MisshapenTensor, UsageError
 from qwen3vl_convert.mappings.equation import Equation, Term, check_shape
@@ -279,7 +279,7 @@ class _ExpertMapping(AutoMapping):
             raise UsageError(f"{self.megatron_param}: padded={self.padded!r}: Megatron pads no axis of an expert.")
         super().__post_init__()
 
-    def laid_out(self, experts_layout: str) -> "_ExpertMapping":
+    def laid_out(self, experts_layout: str) -> Self:
         """The same mapping against another HF layout."""
         return replace(self, experts_layout=experts_layout)
 

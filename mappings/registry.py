@@ -1,9 +1,10 @@
 """Which mapping claims a name. Order never decides: two mappings that claim one name are an error."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import entry_points
+from functools import cache, cached_property
+from importlib.metadata import EntryPoint, entry_points
 
 from qwen3vl_convert.errors import DuplicateTensors, UnknownTensors, UsageError, listing
 from qwen3vl_convert.mappings.equation import Equation, Term
@@ -164,6 +165,12 @@ def mapping_registry(model: str, *, attention_bias: bool = True, head: bool = Tr
 
 def _installed(model: str) -> Iterator[Mapping]:
     """Mappings of distributions: each entry point is a function from a model name to its mappings."""
-    for entry in entry_points(group=ENTRY_POINTS):
+    for entry in _entry_points(tuple(sys.path)):
         provide: Callable[[str], Iterable[Mapping]] = entry.load()
         yield from provide(model)
+
+
+@cache
+def _entry_points(_: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Of the distributions on sys.path, which are looked through once: that takes as long as a small conversion."""
+    return tuple(entry_points(group=ENTRY_POINTS))

@@ -3,7 +3,7 @@ that install those; and the error that names what is missing and the command tha
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,31 +18,32 @@ NOT_INSTALLED = "unknown"
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """`module` is imported; `package` has it, as pip knows it; `extra` of this program installs that, if any does."""
+    """`module` is imported; `package` has it, as pip knows it; each of `extras` of this program installs that."""
 
     module: str
     package: str
-    extra: str = ""
+    extras: tuple[str, ...] = ()
 
 
 PACKAGES = (
-    Package("torch", "torch", "torch"),
-    Package("megatron.core", "megatron-core", "megatron"),
-    Package("triton", "triton", "megatron"),
-    Package("transformers", "transformers", "transformers"),
-    Package("psutil", "psutil", "transformers"),
-    Package("PIL", "pillow", "transformers"),
-    Package("tokenizers", "tokenizers", "transformers"),
-    Package("jinja2", "jinja2", "torch"),
-    Package("torchvision", "torchvision", "video"),
-    Package("av", "av", "video"),
+    Package("torch", "torch", ("torch",)),
+    Package("megatron.core", "megatron-core", ("megatron",)),
+    Package("triton", "triton", ("megatron",)),
+    Package("transformers", "transformers", ("transformers",)),
+    Package("psutil", "psutil", ("transformers", "megatron")),
+    Package("PIL", "pillow", ("transformers",)),
+    Package("tokenizers", "tokenizers", ("transformers",)),
+    Package("jinja2", "jinja2", ("torch",)),
+    Package("torchvision", "torchvision", ("video",)),
+    Package("av", "av", ("video",)),
     Package("torchcodec", "torchcodec"),
     Package("cv2", "opencv-python-headless"),
     Package("decord", "decord"),
     Package("flash_attn", "flash-attn"),
     Package("transformer_engine", "transformer-engine"),
 )
-_EXTRAS = ("torch", "megatron", "transformers", "video")
+EXTRAS = {"torch": (), "megatron": ("torch",), "transformers": ("torch",), "video": ("torch", "transformers")}
+"""Each with those that it brings along."""
 _NEEDS_TRITON = (0, 19)
 """The release of megatron-core from which on it cannot be imported without triton, which torch for a CPU lacks."""
 
@@ -83,46 +84,58 @@ def _undeclared(module: str) -> tuple[str, ...]:
 def need(purpose: str, *modules: str) -> None:
     """Raise `NotInstalled` unless all are there: what needs them, their names, and the command that installs them."""
     if absent := missing(*modules):
-        raise NotInstalled(_sentence(purpose, absent))
+        raise _not_installed(purpose, absent)
 
 
-def _sentence(purpose: str, absent: tuple[Package, ...]) -> str:
-    names = " and ".join(package.package for package in absent)
-    verb = "is" if len(absent) == 1 else "are"
-    return f"{purpose} needs {names}, which {verb} not installed: {command(absent)}"
+def _not_installed(purpose: str, absent: Sequence[Package]) -> NotInstalled:
+    return NotInstalled(f"{purpose} needs {lacking(absent)}", name=absent[0].module)
 
 
-def command(absent: Iterable[Package]) -> str:
+def lacking(absent: Sequence[Package]) -> str:
+    """`torch, transformers and psutil, which are not installed: pip install ...`."""
+    *most, last = (package.package for package in absent)
+    names, verb = (f"{', '.join(most)} and {last}", "are") if most else (last, "is")
+    return f"{names}, which {verb} not installed: {command(absent)}"
+
+
+def command(absent: Sequence[Package]) -> str:
     """What to type. Extras choose releases that work; a checkout that is not installed has none."""
-    every = tuple(absent)
-    by_extra = {package.extra for package in every if package.extra and program_version() != NOT_INSTALLED}
-    extras = [extra for extra in _EXTRAS if extra in by_extra]
-    rest = [package.package for package in every if package.extra not in by_extra]
-    return " ".join(["pip install", *([f"'{PROGRAM}[{','.join(extras)}]'"] if extras else ()), *rest])
+    extras: set[str] = set()
+    if program_version() != NOT_INSTALLED:
+        for package in sorted(absent, key=lambda one: len(one.extras)):
+            if not extras.intersection(package.extras):
+                extras.update(package.extras[:1])
+    rest = [package.package for package in absent if not extras.intersection(package.extras)]
+    named = [extra for extra in EXTRAS if extra in extras and not any(extra in EXTRAS[other] for other in extras)]
+    return " ".join(["pip install", *([f"'{PROGRAM}[{','.join(named)}]'"] if named else ()), *rest])
 
 
 @contextmanager
-def named(purpose: str) -> Iterator[None]:
-    """A module that is imported inside and is missing becomes `NotInstalled`; one of the program's own does not."""
+def named(purpose: str, *modules: str) -> Iterator[None]:
+    """A module that is imported inside and is missing becomes `NotInstalled`; one of the program's own does not.
+
+    `modules`: what else is named if it is missing too, so that nobody installs one package after the other.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
-        raise explained(error, purpose) or error from error.__cause__
+        found = explained(error, purpose, *modules)
+        if found is None:
+            raise
+        raise found from error
 
 
-def explained(error: ModuleNotFoundError, purpose: str) -> NotInstalled | None:
+def explained(error: ModuleNotFoundError, purpose: str, *modules: str) -> NotInstalled | None:
     """What to tell a user of a failed import; None where it is a mistake of the program's."""
     module = error.name or ""
     top = module.partition(".")[0]
     if isinstance(error, NotInstalled) or top in ("", __name__.partition(".")[0]) or top in sys.stdlib_module_names:
         return None
-    known = next((package for package in PACKAGES if top == package.module.partition(".")[0]), None)
-    if known is not None:
-        return NotInstalled(_sentence(purpose, (known,)))
-    return NotInstalled(
-        f"{purpose} needs the Python module {top}, which {_importer(error)} imports and which is not installed: "
-        f"install the package that has it."
-    )
+    known = tuple(package for package in PACKAGES if top == package.module.partition(".")[0])
+    if known:
+        return _not_installed(purpose, tuple(dict.fromkeys((*known, *missing(*modules)))))
+    text = f"{purpose} needs the Python module {top}, which {_importer(error)} imports and which is not installed"
+    return NotInstalled(f"{text}: install the package that has it.", name=module)
 
 
 def _importer(error: ModuleNotFoundError) -> str:

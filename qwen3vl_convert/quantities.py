@@ -69,7 +69,7 @@ def size(nbytes: float) -> str:
         if nbytes < 999.5:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
-    return f"{nbytes:.3g} TB"
+    return f"{nbytes:.3g} TB" if nbytes < 999.5 else f"{nbytes:,.0f} TB"
 
 
 def speed(nbytes: float, seconds: float) -> str:

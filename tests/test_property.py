@@ -134,7 +134,7 @@ def check(case: Case, work: Path) -> None:
 def test_any_model_in_any_layout(moe: bool) -> None:
     """Hugging Face to Megatron (A) to Hugging Face to Megatron (B) and back, every bit."""
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
     @given(cases(moe))
     def holds(case: Case) -> None:
         with tempfile.TemporaryDirectory() as work:

@@ -130,9 +130,8 @@ def _started(part: Part, options: Options, env: dict[str, str], checkpoints: Che
     """Run it in a process group of its own, so that nothing of it is left when its time is over."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f"{part.name}-", dir=options.work) as work:
-        where = ("--device", options.device, "--out", str(options.out.resolve()), "--work", work)
         needs = ("--checkpoint", str(checkpoints.path(part.checkpoint))) if part.checkpoint else ()
-        command = (sys.executable, "-m", "gpu.part", part.name, *where, *needs)
+        command = (*command_of(part, options), "--work", work, *needs)
         with (options.out / f"{part.name}.txt").open("w") as said:
             process = subprocess.Popen(
                 command, env=env, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
@@ -142,6 +141,12 @@ def _started(part: Part, options: Options, env: dict[str, str], checkpoints: Che
     if code is None:
         return Ended("TIMED OUT", took)
     return Ended("ok" if code == 0 else "FAILED", took, "" if code in (0, 1) else f"exit code {code}")
+
+
+def command_of(part: Part, options: Options) -> tuple[str, ...]:
+    """What carries a part out, but for its folders."""
+    where = ("--device", options.device, "--out", str(options.out.resolve()))
+    return sys.executable, "-m", "gpu.part", part.name, *where
 
 
 def _waited(process: "subprocess.Popen[bytes]", until: float) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.checks import BFLOAT16, FLOAT32, ROUNDING, SPREAD, TOLERANCE, Run, check, root_mean_square, world
+from gpu.checks import BFLOAT16, FLOAT32, ROUNDING, TOLERANCE, Run, bound_in_float32, check, root_mean_square, world
 from gpu.models import build_ours, build_theirs, difference, on, tiny
 from gpu.page import Row
 from models.prompts import Prompt, make_prompt
@@ -46,7 +46,7 @@ def in_float32(run: Run, name: str, folder: Path) -> Iterator[Row]:
         expected = their_logits(theirs, there)
         spread = difference(expected, their_logits(on_cpu, prompt), there).greatest
         found = difference(our_logits(ours, there), expected, there).greatest
-        yield check("logits", what, name, FLOAT32, found, max(TOLERANCE, SPREAD * spread))
+        yield check("logits", what, name, FLOAT32, found, bound_in_float32(spread))
 
 
 def in_bfloat16(run: Run, part: str, name: str, folder: Path, prompts: dict[str, Any]) -> Iterator[Row]:

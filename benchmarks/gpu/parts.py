@@ -23,8 +23,7 @@ class Shape:
 @dataclass(frozen=True, slots=True)
 class Part:
     """`module` has its checks. In seconds, `least` must be left for it to be started, and `most` is its own limit,
-    about twice what it should take on an H100 with 16 cores. `shape`: a key of `SHAPES`, which it needs on disk if
-    `reads`.
+    about twice what it should take on an H100 with 16 cores. `shape`: a key of `SHAPES`, needed on disk if `reads`.
     """
 
     name: str

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.checks import BFLOAT16, FLOAT32, ROUNDING, SPREAD, Run, dtype_name, root_mean_square
+from gpu.checks import BFLOAT16, FLOAT32, ROUNDING, Run, bound_in_float32, dtype_name, root_mean_square
 from gpu.page import Row
-from inference_model.worlds import KINDS, NEAR, ROWS, World, make_world, visual
+from inference_model.worlds import KINDS, ROWS, World, make_world, visual
 from qwen3vl_convert.inference import Engine, EngineOptions, Request, SamplingParams, VisualInputs, load_model
 from qwen3vl_convert.verify.logits.prompts import Prompt
 
@@ -39,7 +39,7 @@ def _served(kind: str, world: World, dtype: torch.dtype, device: str) -> Row:
         exact = world.expected(prompt, tokens)[first:-1]
         found.append(_difference(logits, exact, dtype))
         own.append(_difference(theirs.expected(prompt, tokens, device).cpu()[first:-1], exact, dtype))
-    allowed = max(NEAR, SPREAD * max(own)) if dtype == FLOAT32 else ROUNDING * max(own)
+    allowed = bound_in_float32(max(own)) if dtype == FLOAT32 else ROUNDING * max(own)
     return row_of(kind, dtype, graphs_of(engine), insisted, max(found), allowed)
 
 

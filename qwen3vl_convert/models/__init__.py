@@ -33,7 +33,7 @@ __all__ = sorted(_PLACES)
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with named(__name__):
+    with named(__name__, "torch", "megatron.core"):
         return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
 
 

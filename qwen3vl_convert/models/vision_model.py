@@ -74,8 +74,8 @@ def _vision_forward_packed_attention_setup(
     A captured graph takes tensors only. So where one is used (`use_cuda_graph_padding`) `grid_thw` and
     `build_packed_seq_params` are not touched: attention is over all of the padded sequence, and an additive mask
     [1, 1, seq_len, seq_len] of hidden_states' dtype and device hides padding from everything, and everything from it:
-    0 between patches and the dtype's lowest number elsewhere, not -inf, of which a row of padding would be 0 / 0.
-    Without padding, `original_seq_len == seq_len`, there is no mask.
+    0 between patches and the dtype's lowest number elsewhere. Without padding, `original_seq_len == seq_len`, there is
+    no mask. What more the layers need, frames apart among it, `forward` adds (`_bias_of_layers`).
     """
     if not use_cuda_graph_padding:
         return build_packed_seq_params(grid_thw), None
@@ -91,17 +91,19 @@ def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
 
 
-def _frames_apart(cu_seqlens: Tensor, mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
-    """`mask`, and no frame sees another. cu_seqlens [frames + 1]; hidden_states gives length, dtype and device.
+def _bias_of_layers(mask: Tensor | None, cu_seqlens: Tensor, hidden_states: Tensor) -> Tensor | None:
+    """What the layers add to their scores in place of a packed sequence: `mask`, and frames apart (cu_seqlens
+    [frames + 1]).
 
-    What follows the last frame is padding, which is one more frame here.
+    Padding, which follows the last frame, is one more: nobody sees it, and it sees itself. A row that sees nothing, as
+    in `mask`, is a number in torch's CPU kernels, and not in those of GPUs that take powers of 2: the lowest number
+    times log2(e) is -inf, so the row is NaN, and in the next layer 0 * NaN reaches every patch.
     """
-    if len(cu_seqlens) == 2:
-        return mask
+    if mask is None and len(cu_seqlens) == 2:
+        return None
     at = torch.arange(len(hidden_states), device=hidden_states.device)
     frame = torch.bucketize(at, cu_seqlens[1:], right=True)
-    apart = _hiding(frame[:, None] != frame, hidden_states.dtype)
-    return apart if mask is None else torch.minimum(mask, apart)
+    return _hiding(frame[:, None] != frame, hidden_states.dtype)
 
 
 class Qwen3VLVisionModel(VisionModule):  # type: ignore[misc]
@@ -112,7 +114,7 @@ class Qwen3VLVisionModel(VisionModule):  # type: ignore[misc]
 
     Two things differ from what Megatron-Bridge's API reference says, and not from what it does:
     - `pre_process` and `post_process` must be True. The tower is not cut into pipeline stages: deepstack mergers are
-      fed from its middle. ValueError otherwise, and for context parallelism.
+      fed from its middle. ValueError otherwise, for context parallelism, and for a graph that holds no whole features.
     - `forward` returns a pair, features and deepstack features, and not one tensor [b, s, h]: see there.
     """
 
@@ -242,8 +244,8 @@ class Qwen3VLVisionModel(VisionModule):  # type: ignore[misc]
         packed_seq_params, mask = _vision_forward_packed_attention_setup(
             padded, hidden_states[:, None], numbers.patches, length, grid_thw, self.build_packed_seq_params
         )
-        if padded:  # what the lengths of a packed sequence say otherwise
-            mask = _frames_apart(self.build_packed_seq_params(grid_thw).cu_seqlens_q, mask, hidden_states)
+        if padded:
+            mask = _bias_of_layers(mask, self.build_packed_seq_params(grid_thw).cu_seqlens_q, hidden_states)
         hidden_states, deepstack = self.decoder(
             hidden_states=hidden_states[:, None],
             attention_mask=None,
@@ -292,4 +294,10 @@ def _check(config: Qwen3VLTransformerConfig, pre_process: bool, post_process: bo
         raise ValueError(
             f"context_parallel_size={config.context_parallel_size} in the vision configuration: expected 1. The tower "
             "is not cut along its sequence; get_vision_model_config makes a configuration that says so."
+        )
+    unit, length = config.spatial_merge_size**2, config.max_vision_cuda_graph_seq_length
+    if length and length % unit:
+        raise ValueError(
+            f"max_vision_cuda_graph_seq_length: expected a multiple of {unit} patches, which make one feature, found "
+            f"{length}. Round it up."
         )

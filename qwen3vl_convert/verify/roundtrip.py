@@ -73,7 +73,9 @@ class RoundTrip:
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""
-        return {"equal": self.equal, **asdict(self), "models": None if self.logits is None else self._models()}
+        steps = [{**asdict(step), "equal": step.equal} for step in self.steps]
+        models = None if self.logits is None else self._models()
+        return {"equal": self.equal, **asdict(self), "steps": steps, "models": models}
 
     def _models(self) -> dict[str, Any]:
         """Of the logits, what a reader asks first; all of it is in the step."""

@@ -1,6 +1,6 @@
 """What was found as lines of a terminal, plain, so that they are the same in a pipe: the answer first, then why."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from qwen3vl_convert.quantities import amount, apart, duration, figure, share, size
 from qwen3vl_convert.verify.report.words import (
@@ -139,17 +139,21 @@ def _both_built(logits: LogitsReport) -> str:
 
 
 def trip_rows(trip: RoundTrip) -> list[tuple[str, str, str]]:
-    """(step, time, what was found); the two models have a row of their own."""
-    rows = []
-    for step in trip.steps:
-        found, logits = step.found, step.found and step.found.logits
-        seconds = found.weights.seconds if found and logits else step.seconds
-        rows.append((step.name, duration(seconds), _found(step)))
-        if logits:
-            equal = "equal" if logits.equal else "DIFFERENT"
-            agree = f"{equal}, {amount(len(logits.prompts), 'prompt')}: {furthest(logits)}"
-            rows.append(("build both models, compare logits", duration(step.seconds - seconds), agree))
-    return rows
+    """(step, time, what was found); the two models have rows of their own."""
+    return [row for step in trip.steps for row in _rows(step)]
+
+
+def _rows(step: Step) -> Iterator[tuple[str, str, str]]:
+    logits = step.found.logits if step.found is not None else None
+    if step.found is None or logits is None:
+        yield step.name, duration(step.seconds), _found(step)
+        return
+    weights = step.found.weights.seconds
+    yield step.name, duration(weights), _found(step)
+    yield "import what both models need", duration(step.seconds - weights - logits.seconds), ""
+    equal = "equal" if logits.equal else "DIFFERENT"
+    agree = f"{equal}, {amount(len(logits.prompts), 'prompt')}: {furthest(logits)}"
+    yield "build both models, compare logits", duration(logits.seconds), agree
 
 
 def _found(step: Step) -> str:

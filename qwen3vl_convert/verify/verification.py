@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -166,10 +167,14 @@ def check_installed(headless: bool, model: str = "megatron") -> None:
 
 def installed_versions() -> dict[str, str]:
     """Of what the answer may depend on, by package."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {package: _version(package) for package in _PACKAGES}
+    return {"python": platform.python_version()} | {package: number for package, number in found.items() if number}
+
+
+@cache
+def _version(package: str) -> str:
+    """Empty if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -1,8 +1,8 @@
 """The API documents of this folder, read: what they promise, item by item.
 
-The `.txt` files are pages of two projects' API references as they were published, one of pymllm (sphinx-autoapi's
-source, in one line) and four of Megatron-Bridge (the text of Sphinx's pages, in two shapes). They are never edited:
-where the code differs on purpose, `test_documents.py` has the reason.
+The `.txt` files are pages of two projects' API references as they were published, one of pymllm (of mllm; MIT licence;
+sphinx-autoapi's source, in one line) and four of Megatron-Bridge (NVIDIA; Apache-2.0; the text of Sphinx's pages, in
+two shapes). They are never edited: where the code differs on purpose, `test_documents.py` has the reason.
 """
 
 import ast

@@ -5,10 +5,13 @@ The list of tensors is written out here, apart from the program's own tables, an
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from broken import write_header
 from qwen3vl_convert.dims import Dims
+from qwen3vl_convert.storage import DTYPES
 from recorded import CONFIGS
 
 SIZES = ("2b", "4b", "8b", "32b", "30b", "235b")
@@ -198,15 +201,20 @@ def _vision_shapes(dims: Dims) -> Shapes:
 
 
 def save(path: Path, shapes: Shapes, dtype: str | dict[str, str] = "bfloat16", **metadata: str) -> None:
-    """A safetensors file, written by the safetensors library; `dtype` may be per tensor."""
-    import torch
-    from safetensors.torch import save_file
+    """A safetensors file of zeros; `dtype`, as torch calls it, may be per tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
+    start = 0
+    for name, shape in shapes.items():
+        kind, itemsize = _stored_as(dtype if isinstance(dtype, str) else dtype.get(name, "bfloat16"))
+        stop = start + math.prod(shape) * itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    write_header(path, header, bytes(start))
 
-    def dtype_of(name: str) -> Any:
-        return getattr(torch, dtype if isinstance(dtype, str) else dtype.get(name, "bfloat16"))
 
-    tensors = {name: torch.zeros(shape, dtype=dtype_of(name)) for name, shape in shapes.items()}
-    save_file(tensors, path, metadata={"format": "pt"} | metadata)
+def _stored_as(dtype: str) -> tuple[str, int]:
+    """What the format calls a dtype, and the bytes of an element."""
+    return ("U32", 4) if dtype == "uint32" else (DTYPES[dtype].safetensors, DTYPES[dtype].itemsize)
 
 
 def make_folder(

@@ -119,7 +119,7 @@ def test_files_outside_the_index_are_not_read(two: Path) -> None:
 def test_mixed_dtypes_are_allowed_and_said(tmp_path: Path) -> None:
     dtypes = {"lm_head.weight": "float32", "model.visual.pos_embed.weight": "float16"}
     checkpoint = read_folder(make_folder(tmp_path, CONFIG, dtype=dtypes))
-    assert checkpoint.notes == ("mixed dtypes: bfloat16 in 68 tensors, float32 in 1, float16 in 1",)
+    assert checkpoint.notes == ("mixed dtypes: bfloat16 in 68 tensors, float16 in 1, float32 in 1",)
     assert checkpoint.tensors["lm_head.weight"].dtype == "float32"
 
 

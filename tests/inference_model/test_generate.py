@@ -265,6 +265,29 @@ def test_a_picture_that_is_not_there_is_told_before_weights_are_read(made: Made,
     assert "nowhere.png: expected a file, found nothing" in result.stderr
 
 
+IMPOSSIBLE: dict[str, tuple[tuple[object, ...], str]] = {
+    "tokens it does not have": (("--token-ids", "3,512"), "expected ids below 512, the vocabulary, found 512"),
+    "a prompt too long": (("--token-ids", ",".join("3" * 1024)), "expected at most 1024 tokens"),
+    "an answer too long": (("--token-ids", "3,4", "--max-new-tokens", 1023), "expected at most 1024 tokens"),
+    "an answer of none": (("--token-ids", "3", "--max-new-tokens", 0), "max_new_tokens: expected at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+@pytest.mark.parametrize("name", ["bare", "bare_run"])
+def test_what_can_never_be_answered_is_told_before_weights_are_read(
+    made: Made, name: str, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("qwen3vl_convert.inference.load_model", read)
+    arguments, says = IMPOSSIBLE[case]
+    result = generate(getattr(made, name), *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert says in result.stderr
+
+
 def test_what_a_terminal_is_shown_moves_no_cursor() -> None:
     assert printable("a\x1b[2Jb\tc\nd\x07\r\u202e世") == "a[2Jb\tc\nd世"
 

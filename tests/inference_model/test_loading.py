@@ -31,7 +31,9 @@ from qwen3vl_convert.errors import (
 )
 from qwen3vl_convert.inference.loading import checkpoint_weights, load_model, uninitialised
 from qwen3vl_convert.inference.model import Qwen3VLForConditionalGeneration
+from qwen3vl_convert.inference.quantization import get_quantization_config
 from reference import load_huggingface
+from rounding import Roundings
 
 Weights = dict[str, Tensor]
 Model = Qwen3VLForConditionalGeneration
@@ -492,3 +494,17 @@ def test_a_folder_made_from_a_run_is_the_run(folders: Callable[[str], Path], tmp
     hf_to_megatron(folders("moe"), tmp_path / "run", layout=ParallelLayout(tp=2, ep=2))
     megatron_to_hf(tmp_path / "run", tmp_path / "back", experts_layout="per-expert")
     check_equal(dict(checkpoint_weights(tmp_path / "run")), load_huggingface(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_device_gets_what_is_stored_and_rounds_it_there(quantization: str | None, tmp_path: Path) -> None:
+    """A copy to another device and dtype at once is rounded by the host, which takes longer than to read it."""
+    folder = lively_checkpoint(tmp_path / "model", MODELS["moe"])
+    weights = checkpoint_weights(folder)
+    method = None if quantization is None else get_quantization_config(quantization)
+    with uninitialised(torch.device("meta"), torch.bfloat16):
+        model = Model(weights.dims, method)
+    with Roundings() as seen:
+        model.load_weights(weights)
+    assert set(seen.devices) == {"meta"}
+    assert len(seen.devices) >= len(list(model.parameters()))

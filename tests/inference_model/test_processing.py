@@ -31,7 +31,7 @@ from inference_model.files import (
     png,
     write_files,
 )
-from qwen3vl_convert import hf_to_megatron, make_checkpoint
+from qwen3vl_convert import hf_to_megatron, installed, make_checkpoint
 from qwen3vl_convert.errors import ConfigError, ConvertError, InputError, UsageError
 from qwen3vl_convert.inference.processing import (
     Message,
@@ -358,7 +358,7 @@ def test_the_variant_on_pillow_makes_the_same_but_for_rounding(
     needs("torchvision")
     path = png(tmp_path / "a.png", 300, 200)
     best = visual(prepared(published, Message("user", "?", (path,))))
-    monkeypatch.setattr(pixels, "installed", lambda module: module != "torchvision")
+    monkeypatch.setattr(pixels, "is_installed", lambda module: module != "torchvision")
     other = visual(prepared(published, Message("user", "?", (path,))))
     assert other.image_grid_thw.tolist() == best.image_grid_thw.tolist()
     assert float((other.pixel_values - best.pixel_values).abs().max()) <= 3 * 2 / 255
@@ -436,15 +436,15 @@ def test_a_cut_off_picture_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "missing", "says"),
     [
-        ("image", {"PIL"}, "needs pillow: pip install pillow"),
-        ("video", {"PIL", "torchvision"}, "needs pillow and torchvision: pip install pillow torchvision"),
-        ("video", {"torchvision"}, "needs torchvision: pip install torchvision"),
+        ("image", {"PIL"}, "needs pillow, which is not installed: pip install "),
+        ("video", {"PIL", "torchvision"}, "needs pillow and torchvision, which are not installed: pip install "),
+        ("video", {"torchvision"}, "needs torchvision, which is not installed: pip install "),
     ],
 )
 def test_what_is_not_installed_is_named(
     published: Path, monkeypatch: pytest.MonkeyPatch, kind: str, missing: set[str], says: str
 ) -> None:
-    monkeypatch.setattr(libraries, "installed", lambda module: module not in missing)
+    monkeypatch.setattr(installed, "is_installed", lambda module: module not in missing)
     path = published / "merges.txt"
     message = Message("user", "?", images=(path,)) if kind == "image" else Message("user", "?", videos=(path,))
     with pytest.raises(UsageError, match=says):
@@ -508,8 +508,9 @@ def test_without_a_decoder_it_says_what_to_install(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.mp4").write_bytes(b"x")
-    monkeypatch.setattr(media, "installed", lambda module: False)
-    with pytest.raises(UsageError, match="a.mp4 needs a decoder: pip install av"):
+    for module in media.DECODERS:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UsageError, match=r"a.mp4 needs a decoder: pip install .* \(or one of torchcodec, "):
         media.load_video(tmp_path / "a.mp4", lambda metadata, **_: [0])
 
 

@@ -33,6 +33,7 @@ PRELOAD = [
     "megatron.core.pipeline_parallel",
     "qwen3vl_convert.models.provider",
     "qwen3vl_convert.models.world",
+    "frozen",
 ]
 PATIENCE = 120.0
 """Seconds that a job may take; after the first failure the other ranks have GRACE."""

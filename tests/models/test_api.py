@@ -93,6 +93,7 @@ def test_auto_bridge_takes_a_model_alone(method: str) -> None:
     assert all(one.default is not one.empty or one.kind is one.VAR_KEYWORD for one in more)
 
 
+@pytest.mark.slow
 def test_the_room_exports_its_names_and_imports_nothing_before_they_are_used() -> None:
     import subprocess
     import sys

@@ -394,6 +394,27 @@ def test_what_equals_a_class_default_is_a_fact_too(name: str) -> None:
     assert provider.kv_channels == (config.text_config.head_dim or 128)
 
 
+@pytest.mark.parametrize(("dims", "thawed"), [(DENSE, set()), (MOE, {"freeze_language_model", "freeze_vision_model"})])
+def test_what_no_config_decides_is_the_class_default_but_nothing_is_frozen(
+    tmp_path: Path, dims: Dims, thawed: set[str]
+) -> None:
+    from dataclasses import fields
+
+    from qwen3vl_convert.models import AutoBridge
+
+    make_checkpoint(tmp_path / "hf", dims)
+    made = AutoBridge.from_hf_pretrained(tmp_path / "hf").to_megatron_provider()
+    plain = type(made)()
+    decided = {
+        *expected_settings(json.loads((tmp_path / "hf" / "config.json").read_text())),
+        *VISION, "language_max_sequence_length", "vision_config", "hf_text_config", "autocast_dtype", "pipeline_dtype",
+    }  # fmt: skip
+    differing = {f.name for f in fields(made) if getattr(made, f.name) != getattr(plain, f.name)}
+    assert differing - decided == thawed
+    parts = ("language_model", "vision_model", "vision_projection")
+    assert [getattr(made, f"freeze_{part}") for part in parts] == [False] * 3
+
+
 def test_the_registry_is_that_of_the_conversion() -> None:
     from qwen3vl_convert.models.bridge import Qwen3VLBridge, Qwen3VLMoEBridge
 

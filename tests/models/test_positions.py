@@ -101,7 +101,7 @@ def test_golden_beside_a_shorter_row(name: str, side: str) -> None:
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(rows=row_lists, sides=sides, merge=st.integers(1, 3), marked=st.booleans())
 def test_any_prompt(rows: list[Row], sides: list[str], merge: int, marked: bool) -> None:
     """Blocks adjacent, first and last; padding on either side of each row; images and videos in any order."""
@@ -114,7 +114,7 @@ def test_any_prompt(rows: list[Row], sides: list[str], merge: int, marked: bool)
     assert not positions[:, mask == 0].any()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows=row_lists, tail=st.integers(0, 3), marked=st.booleans())
 def test_packed_sequences_are_as_each_alone(rows: list[Row], tail: int, marked: bool) -> None:
     """An empty sequence between two is none; what comes after the last counts from 0 once more."""
@@ -173,7 +173,7 @@ def test_past_32k() -> None:
     assert positions.max() > 70_000
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows=row_lists, sides=sides, steps=st.integers(1, 4), already=st.integers(0, 3))
 def test_decoding_goes_on_where_the_prompt_ended(rows: list[Row], sides: list[str], steps: int, already: int) -> None:
     """As if the text that is decoded had been part of the prompt, whatever the padding."""
@@ -352,7 +352,7 @@ def test_what_does_not_fit(ids: list[list[int]], arguments: dict[str, Any], mess
         index_of(torch.tensor([row + [PAD] * (length - len(row)) for row in ids]), **tensors)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(rows=row_lists, pick=st.randoms(use_true_random=False))
 def test_one_token_more_or_less_is_seen(rows: list[Row], pick: random.Random) -> None:
     """In a prompt that fits, any visual token made a word, and any word made a visual token."""

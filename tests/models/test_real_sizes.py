@@ -40,7 +40,9 @@ def on_meta(size: str) -> Any:
         return settings.provide()
 
 
-@pytest.mark.parametrize("size", PARAMETERS)
+@pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=pytest.mark.slow) if size == "235b-a22b" else size for size in PARAMETERS]
+)
 def test_has_the_parameters_that_were_published(size: str) -> None:
     model = on_meta(size)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -28,7 +28,7 @@ from reference import load_huggingface
 
 pytest.importorskip("transformers")
 
-pytestmark = [pytest.mark.megatron, pytest.mark.transformers]
+pytestmark = pytest.mark.megatron
 
 EXPERTS = "v5" if transformers_release() >= (5, 2) else "hub"
 """How transformers holds experts in memory."""
@@ -168,6 +168,7 @@ def both_gradients(ours: Ours, folder: Path, prompt: Prompt) -> tuple[dict[str, 
     return ours.gradients(), {name: parameter.grad for name, parameter in other.named_parameters()}
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("prompt", ["mixed", "padded left", "packed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_of_every_parameter_are_those_of_transformers(
@@ -340,6 +341,7 @@ def test_trained_parts_move_and_are_saved_and_no_others(
     assert [name for name in after if not torch.equal(exported[name], after[name])] == []
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("name", MODELS)
 def test_what_was_trained_is_the_same_model_in_transformers(
     name: str, folder_of: Callable[[str], Path], tmp_path: Path
@@ -406,6 +408,7 @@ def test_the_page_answers_as_transformers_does(after_the_page: Path) -> None:
     assert torch.equal(answer, expected[:, ids.shape[1] :])
 
 
+@pytest.mark.slow
 def test_the_page_under_torchrun_is_the_same_training(after_the_page: Path, tmp_path: Path) -> None:
     """With the change that it says."""
     code = page()[1]

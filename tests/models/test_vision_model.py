@@ -1,5 +1,6 @@
 """The vision tower's parts against plain loops over images, rows and columns."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -166,6 +167,16 @@ def test_length_of_a_graph_is_known_from_the_config_alone(settings: dict[str, An
     assert Qwen3VLVisionModel._get_max_vision_seq_length(tower) == length
 
 
+def test_a_graph_holds_whole_features(tower: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen3vl_convert.models.specs import patch_merger_spec, vision_layer_spec
+    from qwen3vl_convert.models.vision_model import Qwen3VLVisionModel
+
+    config = tower.config
+    monkeypatch.setattr(config, "max_vision_cuda_graph_seq_length", 71)
+    with pytest.raises(ValueError, match="expected a multiple of 4 patches.*found 71"):
+        Qwen3VLVisionModel(config, vision_layer_spec(config), patch_merger_spec(config))
+
+
 def test_padding_adds_zeros_at_the_end() -> None:
     from qwen3vl_convert.models.vision_model import _maybe_pad_vision_sequence_for_cuda_graph as pad
 
@@ -215,45 +226,34 @@ def test_attention_setup_with_graphs_hides_padding_and_nothing_else(dtype: torch
     assert setup(True, torch.zeros(9, 1, 4, dtype=dtype), 9, 9, grid, not_to_be_called) == (None, None)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_padding_that_sees_nothing_is_a_number_and_changes_none(tower: Any, dtype: torch.dtype) -> None:
-    """In the kernel as the layers call it: rows of padding are finite, and so is every gradient."""
-    from megatron.core.transformer.enums import AttnMaskType
+@pytest.mark.parametrize("grid", [[[2, 2, 2]], [[1, 2, 2]], [[1, 2, 2], [1, 4, 2]]], ids=str)
+@pytest.mark.parametrize("padding", [0, 4])
+def test_the_layers_keep_frames_apart_and_no_row_sees_nothing(
+    captured: Any, monkeypatch: pytest.MonkeyPatch, grid: list[list[int]], padding: int
+) -> None:
+    """A row that sees nothing would be NaN in kernels that take powers of 2."""
+    grids = torch.tensor(grid)
+    lengths = [rows * columns for frames, rows, columns in grid for _ in range(frames)]
+    monkeypatch.setattr(captured.config, "max_vision_cuda_graph_seq_length", sum(lengths) + padding)
+    given: list[Any] = []
+    decode = captured.decoder.forward
 
-    from qwen3vl_convert.models.attention import TorchAttention
-    from qwen3vl_convert.models.vision_model import _vision_forward_packed_attention_setup as setup
+    def noted(*args: Any, attention_bias: Tensor | None, **kwargs: Any) -> Any:
+        given.append(attention_bias)
+        return decode(*args, attention_bias=attention_bias, **kwargs)
 
-    generator = torch.Generator().manual_seed(1)
-    parts = [(20 * torch.randn(9, 1, 2, 8, generator=generator)).to(dtype).requires_grad_() for _ in range(3)]
-    grid: Any = None
-    _, mask = setup(True, torch.zeros(9, 1, 4, dtype=dtype), 7, 9, grid, not_to_be_called)
-    attention = TorchAttention(tower.config, 1, AttnMaskType.no_mask)
-    padded = attention(*parts, None, attn_mask_type=AttnMaskType.no_mask, attention_bias=mask)
-    padded[:7].float().sum().backward()
-    assert padded.isfinite().all()
-    assert all(part.grad is not None and part.grad.isfinite().all() for part in parts)
-    assert all(part.grad is not None and not part.grad[7:].any() for part in parts)
-    alone = attention(*(part[:7] for part in parts), None, attn_mask_type=AttnMaskType.no_mask)
-    torch.testing.assert_close(padded[:7], alone)
-
-
-def test_frames_are_kept_apart_beside_what_hides_padding(tower: Any) -> None:
-    from qwen3vl_convert.models.vision_model import _frames_apart
-    from qwen3vl_convert.models.vision_model import _vision_forward_packed_attention_setup as setup
-
-    grid, hidden = torch.tensor([[2, 2, 2]]), torch.zeros(9, 4, dtype=torch.bfloat16)
-    starts = tower.build_packed_seq_params(grid).cu_seqlens_q
-    _, mask = setup(True, hidden[:, None], 8, 9, grid, not_to_be_called)
-    both = _frames_apart(starts, mask, hidden)
-    assert both is not None
-    assert (both.dtype, both.shape) == (torch.bfloat16, (1, 1, 9, 9))
-    seen = both[0, 0] == 0
-    assert torch.equal(seen, torch.block_diag(torch.ones(4, 4), torch.ones(4, 4), torch.zeros(1, 1)).bool())
-    assert (both[0, 0][~seen] == torch.finfo(torch.bfloat16).min).all()
-    filled = _frames_apart(starts, None, hidden[:8])
-    assert filled is not None
-    assert torch.equal(filled, both[..., :8, :8])
-    assert _frames_apart(starts[:2], mask, hidden) is mask
+    monkeypatch.setattr(captured.decoder, "forward", noted)
+    captured(patches(grids), grids)
+    (bias,) = given
+    if len(lengths) == 1 and not padding:
+        assert bias is None
+        return
+    assert bias.shape == (1, 1, sum(lengths) + padding, sum(lengths) + padding)
+    groups = [*lengths, padding] if padding else lengths
+    seen = torch.block_diag(*(torch.ones(length, length) for length in groups)).bool()
+    assert torch.equal(bias[0, 0] == 0, seen)
+    assert (bias[0, 0][~seen] == torch.finfo(bias.dtype).min).all()
+    assert torch.softmax(bias[0, 0] * math.log2(math.e), dim=-1).isfinite().all()
 
 
 def test_gradients_padded_are_those_unpadded(captured: Any) -> None:

@@ -26,6 +26,7 @@ PRELOAD = [
     "megatron.core.dist_checkpointing",
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.models.gpt.gpt_model",
+    "frozen",
 ]
 
 

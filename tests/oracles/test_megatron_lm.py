@@ -15,13 +15,14 @@ pytestmark = pytest.mark.megatron
 READ = """
 import argparse, json, sys
 from megatron.training.checkpointing import load_args_from_checkpoint
-asked = dict(load=sys.argv[1], ckpt_format="torch_dist", ckpt_step=None, iteration=0, finetune=False, load_optim=False,
+asked = dict(load=None, ckpt_format="torch_dist", ckpt_step=None, iteration=0, finetune=False, load_optim=False,
              use_mp_args_from_checkpoint_args=True, use_tokenizer_model_from_checkpoint_args=False,
              exit_on_missing_checkpoint=True, auto_detect_ckpt_format=False, non_persistent_ckpt_type=None,
              dist_ckpt_strictness="assume_ok_unexpected", non_persistent_global_ckpt_dir=None, rampup_batch_size=None)
-found = load_args_from_checkpoint(argparse.Namespace(**asked))
-found = found[0] if isinstance(found, tuple) else found
-print("FOUND" + json.dumps({k: v for k, v in vars(found).items() if k not in asked and v is not None}))
+for folder in sys.argv[1:]:
+    found = load_args_from_checkpoint(argparse.Namespace(**asked | {"load": folder}))
+    found = found[0] if isinstance(found, tuple) else found
+    print("FOUND" + json.dumps({k: v for k, v in vars(found).items() if k not in asked and v is not None}))
 """
 
 
@@ -30,15 +31,15 @@ def has_megatron_lm() -> bool:
 
 
 @pytest.mark.skipif(not has_megatron_lm(), reason="megatron.training comes with megatron-core 0.19 and later")
-@pytest.mark.parametrize("iteration", [0, "release"])
-def test_use_checkpoint_args(iteration: int | str, tmp_path: Path) -> None:
+def test_use_checkpoint_args(tmp_path: Path) -> None:
     """`--load FOLDER --use-checkpoint-args --use-mp-args-from-checkpoint-args` finds the model's sizes."""
     make_checkpoint(tmp_path / "hf", "tiny-moe")
     layout = ParallelLayout(tp=2, pp=2, ep=2)
-    hf_to_megatron(tmp_path / "hf", tmp_path / "m", layout=layout, iteration=iteration, run=RunOptions(fsync=False))
-    command = [sys.executable, "-W", "ignore", "-c", READ, str(tmp_path / "m")]
+    folders = {iteration: tmp_path / f"of {iteration}" for iteration in (0, "release")}
+    for iteration, folder in folders.items():
+        hf_to_megatron(tmp_path / "hf", folder, layout=layout, iteration=iteration, run=RunOptions(fsync=False))
+    command = [sys.executable, "-W", "ignore", "-c", READ, *map(str, folders.values())]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = json.loads(output.split("FOUND")[1])
     expected = {
         "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16,
         "num_experts": 8, "moe_ffn_hidden_size": 48, "moe_router_topk": 2, "position_embedding_type": "mrope",
@@ -46,4 +47,5 @@ def test_use_checkpoint_args(iteration: int | str, tmp_path: Path) -> None:
         "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2,
         "add_position_embedding": True,
     }  # fmt: skip
-    assert {key: found[key] for key in expected} == expected
+    said = [json.loads(line.removeprefix("FOUND")) for line in output.splitlines() if line.startswith("FOUND")]
+    assert [{key: found[key] for key in expected} for found in said] == [expected] * len(folders)

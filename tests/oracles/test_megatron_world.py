@@ -51,6 +51,7 @@ def test_saved_in_one_layout_and_loaded_in_another(model: Sizes, keys: Keys, tmp
     assert differences(tensors, {key: random_tensor(key, value.shape) for key, value in tensors.items()}) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", SIZES.values(), ids=SIZES)
 def test_sizes(model: Sizes, tmp_path: Path) -> None:
     [saved] = run_world(World(tp=2, ep=2), [Save(tmp_path, model)])

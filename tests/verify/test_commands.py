@@ -5,13 +5,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from broken import QUICK
+from broken import QUICK, command
 from qwen3vl_convert import ParallelLayout, convert, hf_to_megatron, make_checkpoint
 from qwen3vl_convert.cli.app import app
 from qwen3vl_convert.make import SIZES
@@ -73,6 +74,7 @@ class TestLogits:
         assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
         assert page.read_text().startswith("<!doctype html>")
 
+    @pytest.mark.slow
     def test_of_two(self, made: Path, tmp_path: Path) -> None:
         other = changed_folder(made / "dense", tmp_path / "other", lambda found: found[UP].mul_(1.5))
         human = invoke("verify", other, made / "dense-run", "--logits", "--device", "cpu")
@@ -84,6 +86,7 @@ class TestLogits:
         assert found["equal"] is False
         assert found["logits"]["place"]["parameters"] == [UP]
 
+    @pytest.mark.slow
     def test_in_bfloat16(self, made: Path) -> None:
         found = json_of("verify", made / "dense", made / "dense-run", "--logits", "--device", "cpu", "--dtype", "bf16")
         assert (found["equal"], found["logits"]["dtype"], found["logits"]["reference"]) == (True, "bf16", "fp32")
@@ -96,6 +99,7 @@ class TestLogits:
         assert result.exit_code == 2
         assert "--device cpu" in result.stderr
 
+    @pytest.mark.slow
     def test_models_that_do_not_fit_are_streamed(self, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from qwen3vl_convert.verify.logits import compare
 
@@ -130,10 +134,10 @@ def test_wrong_use(made: Path, options: list[str], said: str) -> None:
 
 
 def test_what_is_not_installed_is_named(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "megatron" else object())
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
     result = invoke("verify", made / "dense", made / "dense-run", "--logits")
     assert result.exit_code == 2
-    assert "megatron-core is not installed" in result.stderr
+    assert "--logits needs megatron-core, which is not installed: pip install" in result.stderr
 
 
 def test_a_report_takes_no_file_s_place(made: Path, tmp_path: Path) -> None:
@@ -149,6 +153,21 @@ def test_a_report_takes_no_file_s_place(made: Path, tmp_path: Path) -> None:
 def test_a_report_of_weights_alone(made: Path, tmp_path: Path) -> None:
     assert invoke("verify", made / "dense", made / "dense-run", "--report", tmp_path / "page.html").exit_code == 0
     assert "bit for bit" in re.sub(r"<[^>]+>|\s+", " ", (tmp_path / "page.html").read_text())
+
+
+def test_a_report_says_when_and_by_what_command_it_was_made(made: Path, tmp_path: Path) -> None:
+    page = tmp_path / "a page.html"
+    before = datetime.now(UTC).replace(microsecond=0)
+    done = command("verify", made / "moe", made / "moe-run", "--workers", 1, "--report", page)
+    assert done.returncode == 0, done.stderr
+    said = re.sub(r"<[^>]+>", "", page.read_text())
+    assert f"qwen3vl-convert verify {made / 'moe'} {made / 'moe-run'} --workers 1 --report &#x27;{page}&#x27;" in said
+    (date,) = re.findall(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", said)
+    assert before <= datetime.fromisoformat(date.replace("Z", "+00:00")) <= datetime.now(UTC)
+    assert "TP2 PP1 EP1 ETP1" in said
+    assert "megatron torch_dist; keys: stacked, common.pt" in said
+    assert "huggingface; names: hub, experts: hub" in said
+    assert "bfloat16" in said
 
 
 def test_a_bug_is_no_answer(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +203,10 @@ def test_there_and_back(made: Path, name: str, scratch: Path) -> None:
     compared = [step["found"] for step in found["steps"] if step["found"]]
     assert len(compared) == 2
     assert all(one["weights"]["tensors"] > 50 for one in compared)
+    folders = [step["changes"] for step in found["steps"] if step["changes"]]
+    assert len(folders) == (0 if name.endswith("run") else 1), "what came back, itself"
+    assert all(one["tensors"] > 50 and one["changes"] == [] for one in folders)
+    assert all(step["equal"] for step in found["steps"])
 
 
 def test_as_a_person_reads_it(made: Path, scratch: Path) -> None:

@@ -10,7 +10,8 @@ from models.planted import lively_checkpoint
 from models.sides import load_theirs
 from qwen3vl_convert import hf_to_megatron, megatron_to_hf
 from qwen3vl_convert.make import SIZES
-from qwen3vl_convert.model import open_huggingface
+from qwen3vl_convert.model import open_huggingface, open_megatron
+from rounding import Roundings
 
 pytest.importorskip("transformers")
 pytest.importorskip("megatron.core")
@@ -60,3 +61,30 @@ def test_whatever_layout_the_folder_has(layout: str, tmp_path: Path) -> None:
                 expert = hub.expert(name, number)
                 assert expert.shape == parameter.shape[1:]
                 assert torch.equal(expert, other.expert(name, number))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_device_gets_what_is_stored_and_rounds_it_there(name: str, tmp_path: Path) -> None:
+    """Stacks of experts too. The host would take longer to round than to read."""
+    from qwen3vl_convert.verify.logits.hollow import hollow_out
+    from qwen3vl_convert.verify.logits.programs import build_theirs, fill, folder_weights
+
+    folder = lively_checkpoint(tmp_path / "model", MODELS[name])
+    model = build_theirs(folder, torch.bfloat16)
+    weights = folder_weights(open_huggingface(folder), model)
+    hollow_out(model, torch.device("cpu"))
+    with Roundings() as seen:
+        fill(model, weights, (torch.bfloat16,), torch.device("meta"))
+    assert set(seen.devices) == {"meta"}
+    assert len(seen.devices) >= len(list(model.parameters()))
+
+
+def test_so_does_the_inference_model_in_the_place_of_megatrons(tmp_path: Path) -> None:
+    from qwen3vl_convert.verify.logits.third import weights_of
+
+    folder = lively_checkpoint(tmp_path / "model", MODELS["tied"])
+    hf_to_megatron(folder, tmp_path / "run")
+    ours = open_megatron(tmp_path / "run")
+    with Roundings() as seen:
+        names = [name for name, _ in weights_of(ours, (torch.bfloat16,), torch.device("meta"))]
+    assert seen.devices == ["meta"] * len(names)

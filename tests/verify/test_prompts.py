@@ -397,7 +397,7 @@ def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / name).write_text("{}")
     for name in ("PIL", "torchvision"):
         monkeypatch.setitem(sys.modules, name, None)
-    check_random(tmp_path, "needs pillow and torchvision, which is not installed")
+    check_random(tmp_path, "needs pillow and torchvision, which are not installed: pip install ")
 
 
 def patch_size(folder: Path) -> None:

@@ -4,16 +4,19 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from qwen3vl_convert.quantities import direction, figure, share, size
-from qwen3vl_convert.verify.report import html_report
+from broken import user_environment
+from qwen3vl_convert.quantities import figure
+from qwen3vl_convert.verify.report import Occasion, html_report
 from qwen3vl_convert.verify.report.markup import element, text
 from qwen3vl_convert.verify.report.style import COLOURS
 from qwen3vl_convert.verify.report.words import by_severity, verdict
@@ -163,6 +166,53 @@ def test_every_tensor_prompt_setting_and_note_is_there(found: Verification, page
         assert figure(one_prompt.max_abs) in said
 
 
+ASKED = Occasion("2026-11-27T13:43:34Z", "qwen3vl-convert verify 'a <b>' run --logits")
+
+
+def test_a_reader_later_learns_when_how_and_on_what(found: Verification) -> None:
+    """The date, the command as it was typed, both formats, layout and dtype as stored, versions, the device."""
+    said = Reader(html_report(found, ASKED)).said
+    assert ASKED.date in said
+    assert ASKED.command in said
+    for side in found.sides:
+        assert side.format in said
+        assert side.layout in said
+        assert side.dtype in said
+    assert all(f"{name} {version}" in said for name, version in found.versions.items())
+    if found.logits is not None:
+        assert found.logits.device in said
+        assert all(program in said for program in found.logits.programs)
+
+
+def test_what_is_not_known_is_said_to_be_so() -> None:
+    said = Reader(html_report(replace(passing(), sides=(), versions={}))).said
+    assert said.count("not recorded") == 3
+
+
+def test_two_dtypes_are_both_named() -> None:
+    hf, megatron = equal_weights().sides
+    found = replace(equal_weights(), sides=(hf, replace(megatron, dtype="float32", layout="")))
+    said = Reader(html_report(found)).said
+    assert "bfloat16 for Hugging Face, float32 for Megatron" in said
+    assert "Written withnot stated" in said
+
+
+def test_the_same_arguments_make_the_same_page() -> None:
+    """In another process too, where sets have another order."""
+    program = (
+        "from verify.verifications import failing; from qwen3vl_convert.verify.report import html_report; "
+        "import hashlib; print(hashlib.sha256(html_report(failing()).encode()).hexdigest())"
+    )
+    here = hashlib.sha256(html_report(failing()).encode()).hexdigest()
+    for seed in ("1", "2"):
+        paths = os.pathsep.join((str(Path(__file__).parents[1]), user_environment()["PYTHONPATH"]))
+        environment = {**user_environment(), "PYTHONPATH": paths, "PYTHONHASHSEED": seed}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == here
+
+
 def test_tables_say_what_their_cells_are(page: str) -> None:
     """By header cells with a scope; and beside each cell where a narrow page has no row of headers."""
     tags = Reader(page).tags
@@ -242,38 +292,6 @@ def test_all_tensors_but_the_worst_are_folded_up() -> None:
     assert table.count('scope="row"') == 15
     assert folded.count('scope="row"') == 12
     assert "The other 12 tensors" in folded
-
-
-# ---- words -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (0.0, "0"),
-        (0.3141, "0.314"),
-        (3.14e-7, "3.1e-7"),
-        (999.7, "1,000"),
-        (7891.0, "7,891"),
-        (12345.0, "1.2e4"),
-        (math.nan, "NaN"),
-        (-math.inf, "-∞"),
-    ],
-)
-def test_figures(value: float, expected: str) -> None:
-    assert figure(value) == expected
-
-
-def test_shares_and_directions_are_whole_only_where_they_are() -> None:
-    assert [share(value) for value in (1.0, 0.999999, 0.5, 1e-7, 0.0)] == [
-        "100 %",
-        "99.99 %",
-        "50 %",
-        "< 0.01 %",
-        "0 %",
-    ]
-    assert [direction(value) for value in (1.0, 1 - 3e-9, 0.5, math.nan)] == ["1", "1 - 3.0e-9", "0.5", "NaN"]
-    assert [size(value) for value in (0, 999, 1000, 5_214_000_000)] == ["0 B", "999 B", "1 kB", "5.21 GB"]
 
 
 # ---- looks -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The pictures of a report: every point, token and count has its mark, and no value breaks them."""
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -15,7 +16,7 @@ from qwen3vl_convert.verify.report.axis import Decades
 from qwen3vl_convert.verify.report.groups import grouped
 from qwen3vl_convert.verify.report.markup import text
 from qwen3vl_convert.verify.report.tokens import shade
-from qwen3vl_convert.verify.result import LogitsReport, Place, Verification
+from qwen3vl_convert.verify.result import LogitsReport, Place, PointResult, Verification
 from verify.verifications import SAMPLES, difference, failing, huge, odd, passing, points, prompt, weights
 
 EXTERNAL = re.compile(r"""https?:|src\s*=|href\s*=|@import|url\(""")
@@ -132,6 +133,59 @@ def test_points_stand_in_the_order_of_execution() -> None:
     ]
 
 
+def after_all_blocks(made: tuple[PointResult, ...]) -> tuple[PointResult, ...]:
+    """As our model runs them: the deepstack mergers when all blocks have."""
+    mergers = [point for point in made if "deepstack" in point.module]
+    last = max(number for number, point in enumerate(made) if point.tower == "vision" and point.layer is not None)
+    rest = [(number, point) for number, point in enumerate(made) if point not in mergers]
+    before = [point for number, point in rest if number <= last]
+    return (*before, *mergers, *(point for number, point in rest if number > last))
+
+
+def test_deepstack_mergers_stand_after_the_block_that_they_take_from() -> None:
+    ran = after_all_blocks(points())
+    assert grouped(ran, "vision", (5, 11, 17)) == grouped(points(), "vision")
+    names = [group.name for group in grouped(ran, "vision", (2, 20, 23))]
+    for merger, block in enumerate((2, 20, 23)):
+        assert names.index(f"deepstack_merger_list {merger}") == names.index(f"layer {block}") + 1
+    assert [group.name for group in grouped(ran, "vision")][-4:-1] == [
+        f"deepstack_merger_list {n}" for n in range(3)
+    ]  # where the blocks are not known
+
+
+@pytest.mark.parametrize("blocks", [(5, 11, 17), (0, 1, 2), (21, 22, 23)], ids=str)
+def test_every_module_outside_of_layers_is_named_where_it_is_wide_and_where_it_is_narrow(
+    blocks: tuple[int, ...],
+) -> None:
+    """None is left out for want of room, and none lies over another."""
+    picture = layer_picture(replace(computed(passing()), points=after_all_blocks(points()), deepstack=blocks))
+    expected = ["patch embed", "deepstack 0", "deepstack 1", "deepstack 2", "merger", "embedding"]
+    expected += ["final layernorm", "output layer"]
+    texts = [one for one in drawn(picture).iter(f"{SVG}text") if one.text in expected]
+    for hidden, pixels in (("tight", 640), ("roomy", 280)):
+        shown = [one for one in texts if hidden not in (one.get("class") or "").split()]
+        assert [one.text for one in shown] == expected
+        for row in {one.get("y") for one in shown}:
+            ends = [_reach(one, pixels) for one in shown if one.get("y") == row]
+            assert all(right < left for (_, right), (left, _) in itertools.pairwise(ends))
+            assert ends[0][0] >= 0
+            assert ends[-1][1] <= pixels
+
+
+def _reach(one: ElementTree.Element, pixels: int) -> tuple[float, float]:
+    """From where to where a name goes across a picture of so many pixels, with letters of a usual width."""
+    left = float(one.get("x", "").rstrip("%")) / 100 * pixels + float(one.get("dx", "0"))
+    return left, left + 6.4 * len(one.text or "")
+
+
+def test_modules_of_the_third_model_have_their_names_too() -> None:
+    names = ("visual.patch_embed", "visual.deepstack_merger_list.0", "visual.merger", "model.norm", "lm_head")
+    made = [PointResult(name, "", "output", "vision", None, 1e-7, 1e-6) for name in names]
+    assert [group.name for group in grouped(tuple(made), "vision")] == [
+        "patch_embed", "deepstack_merger_list 0", "merger", "norm", "lm_head",
+    ]  # fmt: skip
+
+
 def test_the_worst_of_a_group_is_the_one_that_fails() -> None:
     """Not the one with the largest difference, which may be allowed more; NaN is worse than any number."""
     group = grouped(points(1, 1), "text")[1]
@@ -215,7 +269,7 @@ def test_very_many_tokens_share_cells_and_the_worst_shows() -> None:
     picture = kl_picture(replace(computed(passing()), prompts=(one,)))
     assert count(picture, "cell") < 6_100
     assert count(picture, "k10") == 1 + 1
-    assert "tokens 12345 to 12349, the worst (text): 5 nats" in picture
+    assert "tokens 12345 to 12349, the worst (text): 5.0 nats" in picture
 
 
 def test_bars_of_the_histogram_follow_their_counts() -> None:

@@ -12,8 +12,11 @@ from verify.verifications import (
     different_weights,
     equal_weights,
     failing,
+    logits,
     odd,
     passing,
+    points,
+    prompt,
     verification,
     weights,
 )
@@ -56,7 +59,7 @@ def test_a_tensor_says_what_happened_and_by_how_much() -> None:
         "  model.language_model.layers.2.self_attn.k_proj.weight: 1 of 2,097,152 elements differs, by NaN or 33,412 "
         "ULP at most, the first at [0, 1]",
         "  model.language_model.layers.3.self_attn.k_proj.weight: transposed",
-        "    2,097,024 of 2,097,152 elements differ, by 0.182 or 33,412 ULP at most, the first at [0, 1]",
+        "    2,097,024 of 2,097,152 elements differ, by 0.18 or 33,412 ULP at most, the first at [0, 1]",
     ]
 
 
@@ -80,7 +83,7 @@ def test_prompts_are_a_table_whose_figures_stand_below_each_other() -> None:
     start = next(number for number, line in enumerate(lines) if line.startswith("  prompt"))
     rows = lines[start : start + 6]
     end = rows[0].index("max diff") + len("max diff")
-    assert [row[:end].rpartition(" ")[2] for row in rows[1:]] == ["3.1", "2.2", "4.0e-5", "0.9", "NaN"]
+    assert [row[:end].rpartition(" ")[2] for row in rows[1:]] == ["3.1", "2.2", "4.0e-5", "0.90", "NaN"]
     assert [row.endswith("differs") for row in rows[1:]] == [True, True, False, True, True]
     assert all(row == row.rstrip() for row in rows)
 
@@ -92,7 +95,32 @@ def test_the_place_and_its_parameters_are_named() -> None:
         "  model.language_model.layers.7.self_attn.k_proj.weight",
         "  model.language_model.layers.7.self_attn.v_proj.weight",
     ]
-    assert lines[-1] == "fp32 against fp64 on cuda (NVIDIA H100 80GB HBM3), stream; 38.2 s, peak memory 5.21 GB"
+
+
+def test_both_models_are_named_with_what_they_were_fed_and_where() -> None:
+    """Their versions, the checkpoints as they were stored, the device, dtypes, the largest difference and its limit."""
+    assert terminal_lines(failing())[-4:] == [
+        "Hugging Face  transformers 5.23.0, weights of /data/Qwen3-VL-2B-Instruct (bfloat16)",
+        "Megatron      Qwen3VLModel on megatron-core 0.16.1, weights of /runs/qwen3-vl/iter_0000100 "
+        "(TP2 PP1 EP4 ETP1, bfloat16)",
+        "computed on   cuda (NVIDIA H100 80GB HBM3), torch 2.13.0; fp32, and fp64 to tell how much is rounding; "
+        "streamed, one layer in memory at a time",
+        "logits        furthest apart by NaN of 2.1e-4 allowed (mixed); 38 s, peak memory 5.21 GB",
+    ]
+
+
+def test_the_prompt_that_is_furthest_for_what_it_may_be_is_named() -> None:
+    prompts = (prompt("text", 3e-5, 2e-4), prompt("video", 2e-5, 3e-5), prompt("mixed", 0.0, 0.0))
+    lines = terminal_lines(verification(weights(), logits(prompts, points())))
+    assert "furthest apart by 2.0e-5 of 3.0e-5 allowed (video)" in lines[-1]
+    lines = terminal_lines(verification(weights(), logits((), ())))
+    assert "no prompt was run" in lines[-1]
+
+
+def test_a_difference_just_beyond_what_is_allowed_is_told_apart_from_it() -> None:
+    lines = terminal_lines(verification(weights(), logits((prompt("text", 2.14e-4, 2.11e-4),), points())))
+    assert "furthest apart by 2.14e-4 of 2.11e-4 allowed (text)" in lines[-1]
+    assert any("2.14e-4  2.11e-4" in line and line.endswith("differs") for line in lines)
 
 
 def test_strange_values_are_shown_as_they_are() -> None:

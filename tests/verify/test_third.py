@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from qwen3vl_convert.errors import UsageError
+from qwen3vl_convert.verify import verification
 from qwen3vl_convert.verify.result import LogitsReport
 from qwen3vl_convert.verify.verification import LogitsOptions, verify
 from verify.faults import FAULTS
@@ -52,6 +53,25 @@ def test_what_is_right_passes(name: str, dtype: str, bases: Bases) -> None:
     assert {"visual.blocks.2.attn", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp"} <= layers
 
 
+def test_weights_are_read_once_for_logits_in_several_dtypes(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is passed in is what is answered, what it found different too."""
+    right, wrong = (bases.huggingface("dense"), bases.megatron("dense")), FAULTS["o_proj transposed"]
+    for pair, equal in ((right, True), (wrong.planted(bases, tmp_path), False)):
+        first = verify(*pair)
+        with monkeypatch.context() as patch:
+            patch.setattr(verification, "compare_weights", lambda *_, **__: pytest.fail("compared again"))
+            found = [
+                verify(*pair, weights=first.weights, logits=LogitsOptions("cpu", dtype, model="inference"))
+                for dtype in ("fp32", "bf16")
+            ]
+        assert [one.weights for one in found] == [first.weights] * 2
+        assert [(one.equal, one.logits is not None and one.logits.equal) for one in found] == [(equal, equal)] * 2
+        assert [one.logits.dtype for one in found if one.logits] == ["fp32", "bf16"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLACES)
 def test_what_is_wrong_is_found_where_it_is(name: str, bases: Bases, tmp_path: Path) -> None:
     report = opinion(*FAULTS[name].planted(bases, tmp_path))

@@ -11,11 +11,18 @@ from qwen3vl_convert.verify.result import (
     Place,
     PointResult,
     PromptResult,
+    Side,
     Verification,
     WeightsReport,
 )
 
 VERSIONS = {"qwen3vl-convert": "0.1.0", "torch": "2.13.0", "megatron-core": "0.16.1", "transformers": "5.23.0"}
+SIDES = (
+    Side("/data/Qwen3-VL-2B-Instruct", "huggingface; names: hub", "", "bfloat16"),
+    Side(
+        "/runs/qwen3-vl/iter_0000100", "megatron torch_dist; keys: stacked, common.pt", "TP2 PP1 EP4 ETP1", "bfloat16"
+    ),
+)
 KINDS = {
     "text": "t" * 23,
     "one image": "t" * 5 + "i" * 24 + "t" * 9,
@@ -153,7 +160,8 @@ def logits(prompts: tuple[PromptResult, ...], all_points: tuple[PointResult, ...
 def verification(
     found: WeightsReport, computed: LogitsReport | None = None, model: str = "qwen3_vl, 2b"
 ) -> Verification:
-    return Verification("/data/Qwen3-VL-2B-Instruct", "/runs/qwen3-vl/iter_0000100", model, found, computed, VERSIONS)
+    paths = ("/data/Qwen3-VL-2B-Instruct", "/runs/qwen3-vl/iter_0000100")
+    return Verification(*paths, model, found, computed, VERSIONS, SIDES)
 
 
 def passing() -> Verification:

@@ -186,7 +186,7 @@ CONTEXT = "the context"
 
 def check_vocabulary(token_ids: Sequence[int], vocab: int) -> None:
     """Raise UsageError for tokens that a model does not have."""
-    if max(token_ids) >= vocab:
+    if max(token_ids, default=0) >= vocab:
         raise UsageError(f"token_ids: expected ids below {vocab}, the vocabulary, found {max(token_ids)}.")
 
 

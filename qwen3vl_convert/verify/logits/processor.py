@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3vl_convert.dims import Dims
-from qwen3vl_convert.installed import command, missing
+from qwen3vl_convert.installed import lacking, missing
 from qwen3vl_convert.models.positions import check_visual_tokens
 from qwen3vl_convert.verify.logits.prompts import NamedPrompt, Prompt, contents_of, token_types
 
@@ -133,8 +133,7 @@ def _check_there(folder: Path | None) -> None:
         if folder is None or not any((folder / name).is_file() for name in names):
             raise NoProcessor(f"is not there (no {' or '.join(names)})")
     if absent := missing(*MODULES):
-        packages = " and ".join(package.package for package in absent)
-        raise NoProcessor(f"needs {packages}, which is not installed ({command(absent)})")
+        raise NoProcessor(f"needs {lacking(absent)}")
 
 
 @contextmanager
