@@ -257,6 +257,19 @@ def test_packages_that_a_copy_lost_are_there_again(tmp_path: Path, monkeypatch: 
     assert "CUDA_VISIBLE_DEVICES" not in driver.prepared(tmp_path, replace(options, device="cuda")).keys() - os.environ
 
 
+def test_wheels_are_for_what_is_missing(tmp_path: Path) -> None:
+    """These are none: pip is asked for the one that no package of here has, and cannot."""
+    from gpu import driver
+
+    options = driver.Options("cpu", 1, 1, tmp_path, tmp_path / "wheels")
+    options.wheels.mkdir()
+    (options.wheels / "pytest-1.0-py3-none-any.whl").touch()
+    driver.prepared(tmp_path, options)
+    (options.wheels / "not_here-1.0-py3-none-any.whl").touch()
+    with pytest.raises(subprocess.CalledProcessError, match="not_here"):
+        driver.prepared(tmp_path, options)
+
+
 def test_checkpoints_wait_for_room_and_go_when_they_are_released(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from gpu.checkpoints import Checkpoints
@@ -62,7 +63,7 @@ def prepared(work: Path, options: Options) -> dict[str, str]:
     for name in ROOMS:
         _mend(ROOT / "qwen3vl_convert" / name, Path("..") / name)
     site = work / "site"
-    if wheels := sorted(options.wheels.glob("*.whl")):
+    if wheels := [wheel for wheel in sorted(options.wheels.glob("*.whl")) if not _installed(wheel)]:
         pip = [
             sys.executable,
             "-m",
@@ -87,6 +88,15 @@ def prepared(work: Path, options: Options) -> dict[str, str]:
     }
     env = {"NCCL_SOCKET_IFNAME": "lo"} | dict(os.environ) | own  # one process: nothing to find outside
     return env | ({"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {})
+
+
+def _installed(wheel: Path) -> bool:
+    """Whether this Python has the package of a wheel already, in whatever version."""
+    try:
+        version(wheel.name.partition("-")[0])
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _mend(link: Path, target: Path) -> None:

@@ -1,11 +1,10 @@
 """The inference engine beside transformers' `generate`, as `benchmarks/inference.py` measures it."""
 
-import gc
 from collections.abc import Iterator
 
 import inference
 
-from gpu.checks import Run
+from gpu.checks import Run, give_back
 from gpu.page import Row
 
 BATCHES = {"2b": (1, 8, 32), "8b": (1,), "tiny": (1, 4)}
@@ -21,8 +20,7 @@ def beside_generate(run: Run) -> Iterator[Row]:
         shape = inference.Shape(batch, prompt=32 if run.small else 256, tokens=8 if run.small else 32)
         found = inference.measure(run.shape.size, run.shape.layers, shape, run.device, dtype, REPEAT)
         yield Row("generated", found.cells(), found.graphs > 0 or run.small)
-        del found
-        gc.collect()  # of two models, before the next two
+        give_back(run.device)  # of two models, before the next two
 
 
 CHECKS = (beside_generate,)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from gpu.checks import Checks, Run
+from gpu.checks import Checks, Run, give_back, synchronize
 from gpu.page import Row, add, write_page
 from gpu.parts import REHEARSED, SHAPES, Part, part_named
 
@@ -53,9 +53,8 @@ def rows(run: Run, part: Part) -> Iterator[Row]:
     for check in checks:
         try:
             yield from check(run)
-            if run.device == "cuda":
-                torch.cuda.synchronize()  # what a kernel did wrong is this check's
-                torch.cuda.empty_cache()
+            synchronize(run.device)  # what a kernel did wrong is this check's
+            give_back(run.device)
         except Exception as error:  # noqa: BLE001  whatever it is, it is told, and the rest is still of use
             traceback.print_exc()
             said = " ".join(f"{type(error).__name__}: {error}".split())

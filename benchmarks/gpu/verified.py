@@ -5,9 +5,7 @@ took and how much memory of the device; and planted faults do not pass.
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from gpu.checks import Run
+from gpu.checks import Run, give_back
 from gpu.page import Row
 from qwen3vl_convert import ParallelLayout, hf_to_megatron, make_checkpoint
 from qwen3vl_convert.convert import RunOptions
@@ -60,9 +58,7 @@ def verified(
     what: str, options: LogitsOptions, pair: tuple[Path, Path], *, weights: WeightsReport, expected: bool = True
 ) -> Row:
     """`expected`: whether the logits are to be equal."""
-    if options.device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    give_back(options.device)
     logits = verify(*pair, logits=options, weights=weights).logits
     assert logits is not None
     return row(what, options, logits, expected)
