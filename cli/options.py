@@ -53,7 +53,9 @@ ForCore = Annotated[
 ]
 MaxShard = Annotated[
     str | None,
-    typer.Option("--max-shard-size", help="Largest file, as 5GB; by default split as the source, or as --config, or by 5GB."),
+    typer.Option(
+        "--max-shard-size", help="Largest file, as 5GB; by default split as the source, or as --config, or by 5GB."
+    ),
 ]
 MaxMemory = Annotated[str, typer.Option("--max-memory", help="Most memory for buffers, as 2GiB.", rich_help_panel=_RUN)]
 Workers = Annotated[
