@@ -494,7 +494,7 @@ def test_a_disk_that_is_too_small_is_told_at_once(
     nothing = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: nothing)
     for run in (lambda: converted(sources, tmp_path / "t"), lambda: megatron_to_hf(sources.run, tmp_path / "t")):
-        with pytest.raises(OutputError, match=r"[kM]B are needed and 1 kB are free"):
+        with pytest.raises(OutputError, match=r"B are needed and 1 kB are free"):
             run()
     assert list(tmp_path.iterdir()) == []
     dry = hf_to_megatron(sources.dense, tmp_path / "t", run=options(dry_run=True))
