@@ -13,7 +13,7 @@ import pages
 from examples import refreshed
 
 DOCS = Path(__file__).resolve().parent
-WRITTEN = (DOCS.parent / "README.md", *(DOCS / f"{name}.md" for name in ("formats", "how-it-works", "verify")))
+WRITTEN = (DOCS.parent / "README.md", *(DOCS / f"{name}.md" for name in ("formats", "how-it-works", "tour", "verify")))
 """Pages written by people whose examples show real output."""
 
 
