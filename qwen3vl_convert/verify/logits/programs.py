@@ -106,8 +106,8 @@ def shelf_of(weights: Weights, most: int, device: torch.device) -> Shelf:
 
 
 def fill(model: nn.Module, weights: Weights, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
-    """Give a hollow model its weights for good, rounded to these dtypes one after another: on the device, which has them
-    as they are stored before, since a GPU rounds in no time and a host does not.
+    """Give a hollow model its weights for good, rounded to these dtypes one after another: on the device, which takes
+    them as they are stored, since a GPU rounds in no time and a host does not.
     """
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
