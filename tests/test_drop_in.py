@@ -40,18 +40,12 @@ def case(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def source(case: str, golden_huggingface: Path) -> Path:
-    return there(golden_huggingface / case)
+    return golden_huggingface / case
 
 
 @pytest.fixture(scope="module")
 def theirs(case: str, golden_megatron: Path) -> Path:
-    return there(golden_megatron / CASES[case])
-
-
-def there(folder: Path) -> Path:
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not among the golden checkpoints of this clone")
-    return folder
+    return golden_megatron / CASES[case]
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +304,7 @@ def test_a_config_alone_exports(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_sizes_that_only_the_checkpoint_knows(golden_megatron: Path, golden_huggingface: Path, tmp_path: Path) -> None:
-    checkpoint, source = there(golden_megatron / "dense_tp2pp1"), there(golden_huggingface / "dense")
+    checkpoint, source = golden_megatron / "dense_tp2pp1", golden_huggingface / "dense"
     make_checkpoint(tmp_path / "other", "tiny")
     (tmp_path / "other" / "tokenizer.json").write_text("{}")
     bridge = AutoBridge.from_auto_config(checkpoint, tmp_path / "other")
@@ -338,7 +332,7 @@ def test_experts_are_written_as_the_source_has_them(layout: str, tmp_path: Path)
 
 
 def test_what_a_bridge_and_a_checkpoint_say_of_themselves(golden_megatron: Path, tmp_path: Path) -> None:
-    assert AutoBridge.get_hf_model_id_from_checkpoint(there(golden_megatron / "dense_tp2pp1")) == "hub_dense"
+    assert AutoBridge.get_hf_model_id_from_checkpoint(golden_megatron / "dense_tp2pp1") == "hub_dense"
     make_checkpoint(tmp_path / "hf", "tiny")
     AutoBridge.import_ckpt(tmp_path / "hf", tmp_path / "m")
     assert AutoBridge.get_hf_model_id_from_checkpoint(tmp_path / "m") is None

@@ -62,10 +62,14 @@ class Checkpoints:
     def _make_all(self) -> None:
         began = time.monotonic()
         for name, shape in self._shapes.items():
-            if all(self._room(name, shape) and self._run(name, step) for step in self._steps(name, shape)):
-                self._ready.add(name)
-                self._say(f"{name}: {shape}, there {time.monotonic() - began:.0f} s after the start")
-            self._settled[name].set()
+            try:
+                if all(self._room(name, shape) and self._run(name, step) for step in self._steps(name, shape)):
+                    self._ready.add(name)
+                    self._say(f"{name}: {shape}, there {time.monotonic() - began:.0f} s after the start")
+            except OSError as error:
+                self._say(f"{name}: {error}")
+            finally:  # no part waits for what will never come
+                self._settled[name].set()
 
     def _steps(self, name: str, shape: Shape) -> Iterator[tuple[str, ...]]:
         folder = self.path(name)

@@ -24,7 +24,7 @@ from qwen3vl_convert.parallel import ParallelLayout
 from qwen3vl_convert.progress import Report, within
 from qwen3vl_convert.verify.diff import DiffReport, diff
 from qwen3vl_convert.verify.result import LogitsReport, Verification
-from qwen3vl_convert.verify.verification import LogitsOptions, check_installed, processes, verify
+from qwen3vl_convert.verify.verification import LogitsOptions, check_logits, processes, verify
 
 _CUTS = ("tp", "pp", "ep")
 
@@ -88,8 +88,8 @@ class RoundTrip:
             "device": found.device,
             "dtype": found.dtype,
             "prompts": [one.name for one in found.prompts],
-            "max_abs": worst and worst.max_abs,
-            "allowed": worst and worst.allowed,
+            "max_abs": max((one.max_abs for one in found.prompts), default=None),
+            "worst": worst and {"prompt": worst.name, "max_abs": worst.max_abs, "allowed": worst.allowed},
         }
 
 
@@ -115,7 +115,7 @@ def roundtrip(
     if processes() > 1:
         raise UsageError("roundtrip runs in one process: start it without torchrun.")
     if logits is not None:
-        check_installed(headless, logits.model)
+        check_logits(headless, logits)
     run = RunOptions(options or FillOptions(), fsync=False)
     with tempfile.TemporaryDirectory(prefix="qwen3vl-convert-", dir=scratch) as folder:
         trip = _Trip(Path(folder), headless, logits, run, report)

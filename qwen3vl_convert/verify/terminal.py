@@ -11,7 +11,7 @@ from qwen3vl_convert.verify.report.words import (
     elements,
     exactness,
     failed,
-    furthest,
+    largest_for_its_bound,
     worst,
 )
 from qwen3vl_convert.verify.result import Difference, LogitsReport, PromptResult, Verification, WeightsReport
@@ -106,7 +106,7 @@ def _run(found: Verification, logits: LogitsReport, built: Sequence[str]) -> lis
         f"Hugging Face  {logits.programs[0]}, weights of {theirs}{_stored(found, 0)}",
         f"Megatron      {logits.programs[1]}, weights of {ours}{_stored(found, 1)}",
         f"computed on   {computation(logits, found.versions)}",
-        f"logits        {furthest(logits) or 'no prompt was run'}; "
+        f"logits        {largest_for_its_bound(logits) or 'no prompt was run'}; "
         f"{duration(logits.seconds)}, peak memory {size(logits.peak_bytes)}",
     ]
 
@@ -152,7 +152,7 @@ def _rows(step: Step) -> Iterator[tuple[str, str, str]]:
     yield step.name, duration(weights), _found(step)
     yield "import what both models need", duration(step.seconds - weights - logits.seconds), ""
     equal = "equal" if logits.equal else "DIFFERENT"
-    agree = f"{equal}, {amount(len(logits.prompts), 'prompt')}: {furthest(logits)}"
+    agree = f"{equal}, {amount(len(logits.prompts), 'prompt')}: {largest_for_its_bound(logits)}"
     yield "build both models, compare logits", duration(logits.seconds), agree
 
 

@@ -88,7 +88,7 @@ def verify(
     `logits` needs is not installed.
     """
     if logits is not None:
-        check_installed(headless, logits.model)
+        check_logits(headless, logits)
     theirs = open_huggingface(resolve(huggingface, weights=True).folder, headless=headless)
     ours = open_beside(theirs, Path(megatron), iteration, headless)
     if weights is None and logits is not None and _rank() > 0:
@@ -158,11 +158,17 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_installed(headless: bool, model: str = "megatron") -> None:
-    """Raise `UsageError`, or `NotInstalled`, unless both models can be built here."""
+def check_logits(headless: bool, options: LogitsOptions) -> None:
+    """Raise `UsageError`, or `NotInstalled`, unless both models can be built here, on the device that was asked for.
+    It is asked before weights are read, which takes minutes.
+    """
     if headless:
         raise UsageError("--logits with --headless: a model without an output layer has no logits. Leave one of them.")
-    need("--logits", *_BUILT_WITH[model], "psutil")
+    need("--logits", *_BUILT_WITH[options.model], "psutil")
+    if options.device == "cuda":
+        from qwen3vl_convert.verify.logits.device import device_of
+
+        device_of(options.device)
 
 
 def installed_versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from broken import QUICK, command, command_line, user_environment
 from models.planted import lively_checkpoint
 from qwen3vl_convert import ParallelLayout, hf_to_megatron
 from qwen3vl_convert.errors import UsageError
-from qwen3vl_convert.verify import LogitsOptions, roundtrip
+from qwen3vl_convert.verify import LogitsOptions, roundtrip, verify
 from verify.planting import DENSE, MOE
 
 core = pytest.importorskip("megatron.core")
@@ -82,15 +82,15 @@ def test_it_says_which_models_it_built_of_what_where_and_how_far_apart_they_are(
         "compare that with the source",
         "compare what came back",
     ]
-    furthest = r"furthest apart by [\d.e-]+ of [\d.e-]+ allowed \((text|images?|video|mixed)\)"
-    assert re.search(rf"\d s +equal, 5 prompts: {furthest}", steps)
+    largest = r"largest for its bound: [\d.e-]+ of [\d.e-]+ allowed \((text|images?|video|mixed)\)"
+    assert re.search(rf"\d s +equal, 5 prompts: {largest}", steps)
     assert len(re.findall(r"equal, \d+ tensors bit for bit", steps)) == 3
     assert [line.split()[0] for line in prompts.splitlines()] == ["prompt", *PROMPTS]
     assert f"transformers {version('transformers')}, weights of {made / 'moe'} (float32)" in models
     assert f"Qwen3VLModel on megatron-core {core.__version__}, weights of the Megatron checkpoint" in models
     assert "(TP2 PP2 EP2 ETP1, float32)" in models
     assert f"cpu, torch {version('torch')}; fp32, and fp64 to tell how much is rounding" in models
-    assert re.search(furthest, models)
+    assert re.search(largest, models)
     assert models.splitlines()[-1] == "The folder that came back is not built: it has the source's bits."
     assert list(tmp_path.iterdir()) == []
 
@@ -101,7 +101,9 @@ def test_the_same_as_json_of_a_megatron_checkpoint(made: Path, tmp_path: Path) -
     found = json.loads(done.stdout)
     models = found["models"]
     assert (models["equal"], models["device"], models["dtype"], models["prompts"]) == (True, "cpu", "bf16", PROMPTS)
-    assert 0 < models["max_abs"] <= models["allowed"]
+    worst = models["worst"]
+    assert 0 < worst["max_abs"] <= worst["allowed"]
+    assert worst["max_abs"] <= models["max_abs"]
     assert models["weights"] == [f"the Hugging Face folder made of {made / 'moe-run'}", str(made / "moe-run")]
     assert models["programs"][0] == f"transformers {version('transformers')}"
     assert "not built" in found["spared"]
@@ -136,7 +138,7 @@ def test_an_equation_that_is_wrong_both_ways_has_the_right_bits_and_other_logits
         "DIFFERENT: equal bits, another function; both models were built on cpu in fp32, and the logits of 5 prompts "
         "of 5 differ by more than rounding."
     )
-    assert any("build both models" in line and "DIFFERENT, 5 prompts: furthest apart by" in line for line in lines)
+    assert any("build both models" in line and "DIFFERENT, 5 prompts: largest for" in line for line in lines)
     (where,) = [line for line in lines if line.startswith("where: ")]
     assert where.startswith("where: text layer 0, self_attention.")
     assert not any("convert back" in line for line in lines), "it goes on after a difference"
@@ -146,7 +148,8 @@ def test_an_equation_that_is_wrong_both_ways_has_the_right_bits_and_other_logits
 def test_a_model_that_computes_something_else_is_found_with_its_place(made: Path, tmp_path: Path) -> None:
     found = json.loads(run(tmp_path, made / "dense", *CPU, "--json", program=WRONG_ROPE).stdout)
     assert (found["equal"], found["models"]["equal"], found["spared"]) == (False, False, "")
-    assert found["models"]["max_abs"] > found["models"]["allowed"]
+    worst = found["models"]["worst"]
+    assert worst["max_abs"] > worst["allowed"]
     (step,) = [step for step in found["steps"] if step["found"]]
     assert step["found"]["weights"]["differences"] == []
     assert step["found"]["logits"]["place"]["text"].startswith("text layer 0, self_attention.linear_proj, input")
@@ -272,9 +275,17 @@ def test_models_are_built_on_a_gpu_where_there_is_one(
 ) -> None:
     import torch
 
-    from qwen3vl_convert.verify.logits.compare import device_of
+    from qwen3vl_convert.verify.logits.device import device_of
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert device_of(LogitsOptions(device=asked)).type == kind
+    assert device_of(asked).type == kind
     assert LogitsOptions().device == "auto"
+
+
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    options = LogitsOptions(device="cuda")
+    with pytest.raises(UsageError, match="torch sees no GPU here"):
+        roundtrip(tmp_path / "nothing", logits=options)
+    with pytest.raises(UsageError, match="torch sees no GPU here"):
+        verify(tmp_path / "nothing", tmp_path / "nothing", logits=options)

@@ -105,21 +105,21 @@ def test_both_models_are_named_with_what_they_were_fed_and_where() -> None:
         "(TP2 PP1 EP4 ETP1, bfloat16)",
         "computed on   cuda (NVIDIA H100 80GB HBM3), torch 2.13.0; fp32, and fp64 to tell how much is rounding; "
         "streamed, one layer in memory at a time",
-        "logits        furthest apart by NaN of 2.1e-4 allowed (mixed); 38 s, peak memory 5.21 GB",
+        "logits        largest for its bound: NaN of 2.1e-4 allowed (mixed); 38 s, peak memory 5.21 GB",
     ]
 
 
 def test_the_prompt_that_is_furthest_for_what_it_may_be_is_named() -> None:
     prompts = (prompt("text", 3e-5, 2e-4), prompt("video", 2e-5, 3e-5), prompt("mixed", 0.0, 0.0))
     lines = terminal_lines(verification(weights(), logits(prompts, points())))
-    assert "furthest apart by 2.0e-5 of 3.0e-5 allowed (video)" in lines[-1]
+    assert "largest for its bound: 2.0e-5 of 3.0e-5 allowed (video)" in lines[-1]
     lines = terminal_lines(verification(weights(), logits((), ())))
     assert "no prompt was run" in lines[-1]
 
 
 def test_a_difference_just_beyond_what_is_allowed_is_told_apart_from_it() -> None:
     lines = terminal_lines(verification(weights(), logits((prompt("text", 2.14e-4, 2.11e-4),), points())))
-    assert "furthest apart by 2.14e-4 of 2.11e-4 allowed (text)" in lines[-1]
+    assert "largest for its bound: 2.14e-4 of 2.11e-4 allowed (text)" in lines[-1]
     assert any("2.14e-4  2.11e-4" in line and line.endswith("differs") for line in lines)
 
 

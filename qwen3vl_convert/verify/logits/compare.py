@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qwen3vl_convert.errors import InputError, UsageError
+from qwen3vl_convert.errors import InputError
 from qwen3vl_convert.model import HuggingFaceModel, MegatronModel, open_megatron
 from qwen3vl_convert.progress import Report, begin
 from qwen3vl_convert.quantities import size
+from qwen3vl_convert.verify.logits.device import device_of
 from qwen3vl_convert.verify.logits.hollow import apart
 from qwen3vl_convert.verify.logits.place import find_place, refused
 from qwen3vl_convert.verify.logits.programs import EXACT
@@ -51,7 +52,7 @@ def compare_logits(
     of these; it explains what is found, and says whether dtypes may differ.
     """
     began = time.monotonic()
-    device, dtype = device_of(options), DTYPES[options.dtype]
+    device, dtype = device_of(options.device), DTYPES[options.dtype]
     begin(report, "prepare prompts")
     named, notes = verification_prompts(theirs.checkpoint.config, theirs.checkpoint.folder)
     ours = as_stated(ours, theirs)
@@ -164,14 +165,6 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 # ---- where -----------------------------------------------------------------------------------------------------------
-
-
-def device_of(options: LogitsOptions) -> torch.device:
-    """Raises `UsageError` for a GPU that is not there."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no GPU here. Use --device cpu, or auto.")
-    gpu = options.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
 
 def _must_stream(theirs: HuggingFaceModel, dtype: torch.dtype, device: torch.device) -> tuple[bool, tuple[str, ...]]:

@@ -27,7 +27,6 @@ from qwen3vl_convert.verify.logits.compare import (
     as_stated,
     compared,
     described,
-    device_of,
     exact_kernels,
     name_of,
     on,
@@ -35,6 +34,7 @@ from qwen3vl_convert.verify.logits.compare import (
     programs_of,
 )
 from qwen3vl_convert.verify.logits.convoy import Convoy, Station
+from qwen3vl_convert.verify.logits.device import device_of
 from qwen3vl_convert.verify.logits.hollow import apart, hollow_out
 from qwen3vl_convert.verify.logits.layout import check_gpus, check_processes, layout_of
 from qwen3vl_convert.verify.logits.programs import (
@@ -87,11 +87,12 @@ def compare_logits_in_parallel(
     check_processes(layout, ours.checkpoint)
     if options.stream:
         raise UsageError("--stream under torchrun: layers are streamed through one process. Leave one of them out.")
-    if device_of(options).type == "cuda":
+    if device_of(options.device).type == "cuda":
         check_gpus()
     backend = "gloo" if options.device == "cpu" else None
     with parallel_world(layout, backend=backend, timeout=PATIENCE) as world, exact_kernels(), apart(), torch.no_grad():
-        task = _Task(theirs, ours, Mode(DTYPES[options.dtype], device_of(options), True, options.shelf_bytes), world)
+        mode = Mode(DTYPES[options.dtype], device_of(options.device), True, options.shelf_bytes)  # this rank's own GPU
+        task = _Task(theirs, ours, mode, world)
         with together():
             checkpoint = theirs.checkpoint
             named, notes = verification_prompts(checkpoint.config, checkpoint.folder)

@@ -12,7 +12,15 @@ from qwen3vl_convert.verify.report.pictures import kl_picture, layer_picture, ul
 from qwen3vl_convert.verify.report.style import COLOURS, PAGE, PICTURES
 from qwen3vl_convert.verify.report.tables import points_table, prompts_table, settings_table, tensors_table
 from qwen3vl_convert.verify.report.tokens import KINDS
-from qwen3vl_convert.verify.report.words import MODES, by_severity, exactness, failed, furthest, names_of, verdict
+from qwen3vl_convert.verify.report.words import (
+    MODES,
+    by_severity,
+    exactness,
+    failed,
+    largest_for_its_bound,
+    names_of,
+    verdict,
+)
 from qwen3vl_convert.verify.result import LogitsReport, PromptResult, Verification, WeightsReport
 
 _STYLE = COLOURS + PICTURES + PAGE
@@ -267,7 +275,7 @@ def _run_facts(logits: LogitsReport) -> Facts:
         ("Computed in", f"{logits.dtype}, and {logits.reference} to tell how much is rounding"),
         ("Allowed", f"{logits.multiple:g} times what both programs' own rounding makes"),
         ("Prompts", f"{len(logits.prompts)}: {names_of(logits.prompts)}" if logits.prompts else "none was run"),
-        ("Logits", furthest(logits) or "not compared"),
+        ("Logits", largest_for_its_bound(logits) or "not compared"),
         ("How", MODES.get(logits.mode, logits.mode)),
         ("Time for logits", duration(logits.seconds)),
         ("Peak memory", size(logits.peak_bytes)),

@@ -92,12 +92,12 @@ def agreement(logits: LogitsReport) -> str:
     return f"the logits of {amount(len(logits.prompts), 'prompt')} agree within rounding"
 
 
-def furthest(logits: LogitsReport) -> str:
+def largest_for_its_bound(logits: LogitsReport) -> str:
     """The difference that is largest for what is allowed, and that; "" where no prompt was run."""
     if logits.worst is None:
         return ""
     found, allowed = apart(logits.worst.max_abs, logits.worst.allowed)
-    return f"furthest apart by {found} of {allowed} allowed ({logits.worst.name})"
+    return f"largest for its bound: {found} of {allowed} allowed ({logits.worst.name})"
 
 
 def names_of(prompts: Sequence[PromptResult]) -> str:
