@@ -2,7 +2,8 @@
 means the same works, and of the rest the error says what it is called here.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -33,13 +34,40 @@ ALIASES = {
 }
 """What others call it, and what it is here: the same thing with the same values. `_` for `-` works, too."""
 
-_SOURCE = "what to read is the first argument, without an option"
-_TARGET = "what to make is the second argument, without an option"
-_EITHER = "both folders are arguments without an option: hf-to-megatron HF MEGATRON, megatron-to-hf MEGATRON HF"
+ARGUMENTS = {
+    "hf-to-megatron": "HF MEGATRON",
+    "megatron-to-hf": "MEGATRON HF",
+    "plan": "SOURCE TARGET",
+    "verify": "HF MEGATRON",
+    "diff": "A B",
+    "roundtrip": "SOURCE",
+    "inspect": "PATH",
+    "generate": "CHECKPOINT PROMPT",
+    "chat": "CHECKPOINT",
+    "make-checkpoint": "TARGET",
+}
+"""What commands take without an option, if it is a checkpoint, in their order."""
+
+_SOURCE = "what to read is an argument without an option: {usage}"
+_TARGET = "what to make is an argument without an option: {usage}"
+_HF = "the Hugging Face folder is an argument without an option: {usage}"
+_MEGATRON = "the Megatron checkpoint is an argument without an option: {usage}"
 _COMMAND = "the direction is a command: hf-to-megatron or megatron-to-hf"
-_DTYPE = "--dtype bf16, fp16, fp32, or keep, which is the default"
 _NO_DEVICES = "nothing is built to convert: no GPU, no processes and no such option are needed"
 _FROM_CONFIG = "the model's sizes come from its config.json"
+
+_CONVERSIONS = ("hf-to-megatron", "megatron-to-hf")
+_READING = tuple(command for command in ARGUMENTS if command != "make-checkpoint")
+FITS = {
+    _SOURCE: _READING,
+    _TARGET: (*_CONVERSIONS, "plan", "make-checkpoint"),
+    _HF: tuple(ARGUMENTS),
+    _MEGATRON: _READING,
+    _COMMAND: _CONVERSIONS,
+    _NO_DEVICES: (*_CONVERSIONS, "plan"),
+    _FROM_CONFIG: _READING,
+}
+"""The commands of which a hint is true; all, if it does not stand here."""
 
 HINTS = {
     "--num-layers-per-virtual-pipeline-stage": "--vpp, which counts model chunks per rank: layers / (PP x that number)",
@@ -52,27 +80,27 @@ HINTS = {
     "--output": _TARGET,
     "--output-dir": _TARGET,
     "--target": _TARGET,
-    "--hf-model": _EITHER,
-    "--hf-model-path": _EITHER,
-    "--hf-path": _EITHER,
-    "--hf-checkpoint": _EITHER,
-    "--hf-dir": _EITHER,
-    "--megatron-path": _EITHER,
-    "--megatron-model": _EITHER,
-    "--mcore-model": _EITHER,
-    "--mcore-path": _EITHER,
+    "--hf-model": _HF,
+    "--hf-model-path": _HF,
+    "--hf-path": _HF,
+    "--hf-checkpoint": _HF,
+    "--hf-dir": _HF,
+    "--megatron-path": _MEGATRON,
+    "--megatron-model": _MEGATRON,
+    "--mcore-model": _MEGATRON,
+    "--mcore-path": _MEGATRON,
     "--origin-hf-dir": "--config, for the tokenizer and the settings of the original model",
     "--to-mcore": _COMMAND,
     "--to-megatron": _COMMAND,
     "--to-hf": _COMMAND,
     "--mcore2hf": _COMMAND,
     "--convert-checkpoint-from-megatron-to-transformers": _COMMAND,
-    "--torch-dtype": _DTYPE,
-    "--params-dtype": _DTYPE,
-    "--target-params-dtype": _DTYPE,
-    "--bf16": _DTYPE,
-    "--fp16": _DTYPE,
-    "--fp32": _DTYPE,
+    "--torch-dtype": "--dtype",
+    "--params-dtype": "--dtype",
+    "--target-params-dtype": "--dtype",
+    "--bf16": "--dtype",
+    "--fp16": "--dtype",
+    "--fp32": "--dtype",
     "--context-parallel-size": "no option: weights do not depend on context parallelism",
     "--sequence-parallel": "no option: weights do not depend on sequence parallelism",
     "--distributed-timeout-minutes": _NO_DEVICES,
@@ -90,7 +118,9 @@ HINTS = {
     "--not-strict": "no option: what no mapping claims, or is missing, is an error; register_mapping adds mappings",
     "--strict": "no option: what no mapping claims, or is missing, is always an error",
 }
-"""What others say, and what to say here where the values are others or there is no such option."""
+"""What others say, and what to say here where the values are others or there is no such option. An option alone is
+followed by what the command's help says of it.
+"""
 
 OTHER_COMMANDS = {
     "import": "hf-to-megatron",
@@ -108,11 +138,18 @@ OTHER_COMMANDS = {
 }
 
 
+_OPTION = re.compile(r"--[a-z-]+")
+
+
 class Command(TyperCommand):
     """A command that knows the others' names."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        own = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        own = {
+            name: str(getattr(parameter, "help", None) or "")
+            for parameter in self.params
+            for name in (*parameter.opts, *parameter.secondary_opts)
+        }
         for argument in _options(args):
             name = argument.partition("=")[0]
             if name not in own and (said := _said_here(name, own, str(ctx.info_name))):
@@ -130,7 +167,7 @@ class Group(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-def _in_our_words(args: list[str], own: set[str]) -> Iterator[str]:
+def _in_our_words(args: list[str], own: Container[str]) -> Iterator[str]:
     """Arguments with the options that are called otherwise here, where the command has them."""
     options = set(_options(args))
     for argument in args:
@@ -139,12 +176,21 @@ def _in_our_words(args: list[str], own: set[str]) -> Iterator[str]:
         yield f"{ours}{equals}{value}" if ours in own else argument
 
 
-def _said_here(name: str, own: set[str], command: str) -> str:
-    """What an option that the command does not have is called here; nothing if it is unknown, or works."""
-    ours = ALIASES.get(_plain(name))
-    if ours is None:
-        return HINTS.get(_plain(name), "")
-    return "" if ours in own else f"{ours}, for which {command} has no use"
+def _said_here(name: str, own: Mapping[str, str], command: str) -> str:
+    """What an option that the command does not have is called here; nothing if it is unknown, or works.
+
+    `own`: the command's options, with their help.
+    """
+    plain = _plain(name)
+    said = ALIASES.get(plain) or HINTS.get(plain, "")
+    ours = _OPTION.match(said)
+    if ours is not None and ours[0] not in own:
+        return f"{ours[0]}, for which {command} has no use"
+    if plain in ALIASES or command not in FITS.get(said, (command,)):
+        return ""
+    if said in own:
+        return f"{said} ({own[said].partition('. ')[0].rstrip('.')})"
+    return said.format(usage=f"{command} {ARGUMENTS.get(command, '')}")
 
 
 def _options(args: Iterable[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import qwen3vl_convert
 from qwen3vl_convert.cli.app import COMMANDS, app
-from qwen3vl_convert.cli.names import ALIASES, HINTS, OTHER_COMMANDS
+from qwen3vl_convert.cli.names import ALIASES, ARGUMENTS, FITS, HINTS, OTHER_COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUP: Any = get_command(app)
@@ -86,17 +86,76 @@ def test_every_alias_reaches_its_option(name: str) -> None:
     assert invoke(command, *words, name, "?").exit_code in (2, 3)
 
 
-@pytest.mark.parametrize("name", HINTS)
-def test_every_hint_is_given(name: str) -> None:
-    result = invoke("hf-to-megatron", "hf", "run", name, "1")
+def here(command: str, *words: str) -> str:
+    """What the command says that an option of others' is called here; empty if nothing."""
+    result = invoke(command, *REQUIRED[command], *words)
     assert result.exit_code == 2
-    assert f"No such option: {name}. Here: {HINTS[name]}." in said(result)
+    before, _, text = said(result).partition("Here: ")
+    assert f"No such option: {words[0].partition('=')[0]}" in before
+    return text
+
+
+REQUIRED = {
+    name: ["x" for parameter in command.params if parameter.param_type_name == "argument" and parameter.required]
+    for name, command in GROUP.commands.items()
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_hints_name_options_that_the_command_has(command: str, name: str) -> None:
+    text = here(command, name)
+    named = set(re.findall(r"--[a-z-]+", text))
+    assert named <= OPTIONS[command] or re.fullmatch(rf"--[a-z-]+, for which {command} has no use\.", text)
+    assert (text == "") is (command not in FITS.get(HINTS[name], (command,)))
+
+
+@pytest.mark.parametrize("command", ARGUMENTS)
+def test_arguments_are_those_of_the_command(command: str) -> None:
+    own = [parameter for parameter in GROUP.commands[command].params if parameter.param_type_name == "argument"]
+    assert len(ARGUMENTS[command].split()) == len(own)
+
+
+def test_every_command_has_its_arguments_but_what_reads_no_checkpoint() -> None:
+    assert COMMANDS.keys() - ARGUMENTS.keys() == {"explain"}
+    assert set().union(*FITS.values()) <= ARGUMENTS.keys()
+    assert FITS.keys() <= set(HINTS.values())
+
+
+ANSWERS = {
+    "hf-to-megatron --load": "what to read is an argument without an option: hf-to-megatron HF MEGATRON.",
+    "megatron-to-hf --save": "what to make is an argument without an option: megatron-to-hf MEGATRON HF.",
+    "plan --save": "what to make is an argument without an option: plan SOURCE TARGET.",
+    "make-checkpoint --save": "what to make is an argument without an option: make-checkpoint TARGET.",
+    "make-checkpoint --load": "",
+    "inspect --load": "what to read is an argument without an option: inspect PATH.",
+    "inspect --save": "",
+    "verify --save": "",
+    "verify --megatron-path": "the Megatron checkpoint is an argument without an option: verify HF MEGATRON.",
+    "explain --hf-model": "",
+    "hf-to-megatron --tokenizer-model": "--config, for which hf-to-megatron has no use.",
+    "hf-to-megatron --origin-hf-dir": "--config, for which hf-to-megatron has no use.",
+    "megatron-to-hf --tokenizer-model": "--config, for the folder that has the tokenizer.",
+    "hf-to-megatron --bf16": "--dtype (keep, bf16, fp16 or fp32).",
+    "verify --bf16": "--dtype (What the models compute in: fp32 or bf16).",
+    "make-checkpoint --torch-dtype": "--dtype (bf16, fp16 or fp32).",
+    "diff --bf16": "--dtype, for which diff has no use.",
+    "hf-to-megatron --to-megatron": "the direction is a command: hf-to-megatron or megatron-to-hf.",
+    "plan --to-megatron": "",
+    "verify --device-map": "",
+    "make-checkpoint --num-layers": "",
+    "plan --force": "--overwrite, for which plan has no use.",
+}
+
+
+@pytest.mark.parametrize("asked", ANSWERS)
+def test_what_is_answered(asked: str) -> None:
+    assert here(*asked.split()) == ANSWERS[asked]
 
 
 @pytest.mark.parametrize("spelling", ["--hf_model", "--hf-model=x", "--hf_model=x"])
 def test_a_hint_in_another_spelling(spelling: str) -> None:
-    result = invoke("hf-to-megatron", "hf", "run", spelling)
-    assert f"No such option: {spelling.partition('=')[0]}. Here: {HINTS['--hf-model']}." in said(result)
+    assert here("hf-to-megatron", spelling) == here("hf-to-megatron", "--hf-model") != ""
 
 
 def test_an_option_that_a_command_has_no_use_for() -> None:
