@@ -13,7 +13,7 @@ from functools import cache
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.mappings.equation import Equation, Term
 from qwen3vl_convert.mappings.layout import Layout
-from qwen3vl_convert.mappings.mapping import ANYTHING, Mapping, laid_out
+from qwen3vl_convert.mappings.mapping import ANYTHING, Mapping, laid_out, stands_for_several, with_axes
 
 _SPELLINGS = (
     # The text model by itself, without what its tower's neighbour is called in the whole.
@@ -32,13 +32,16 @@ def implied(megatron: str, hf: str) -> Equation:
 
     Raises `UsageError` where nothing implies the axes, or a table says that the two are not the same tensor.
     """
+    for name in (megatron, hf):
+        if ANYTHING in name:
+            raise stands_for_several(name)
     known = tuple(_known(megatron))
     if not known:
         if _NORM.search(megatron):
             return Equation(Term(megatron, Layout("...")), (Term(hf, Layout("...")),), uncut=True)
         raise UsageError(
             f"{megatron!r}: nothing implies its axes; no model's table has it, and it is no layer norm. "
-            f"Write them, as in `{megatron} : c h`."
+            f"Write them, as in {with_axes(megatron)}."
         )
     same = [one.equation for one in known if _is_identity(one.equation)]
     if not same:
@@ -105,6 +108,5 @@ def _not_the_same(megatron: str, hf: str, mapping: Mapping) -> UsageError:
     kind = type(mapping).__name__
     remedy = "Pair it with its own" if kind == "AutoMapping" else f"Use {kind}"
     return UsageError(
-        f"{megatron} and {hf} are not the same tensor, element by element. What is known of them:\n{mapping}\n"
-        f"{remedy}, or write the axes on both sides, as in `{megatron} : c h`."
+        f"{megatron} and {hf} are not the same tensor, element by element. What is known of them:\n{mapping}\n{remedy}."
     )

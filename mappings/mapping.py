@@ -76,7 +76,8 @@ class Mapping(ABC):
         """What the keywords stand for."""
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}\n{self.equation}"
+        equations = "\n".join(str(one.equation) for one in self.each())
+        return f"{type(self).__name__}\n{equations}"
 
     def hf_to_megatron(self, hf_weights: "Tensors", sizes: Sizes | None = None, **place: int) -> "Tensor":
         """The Megatron parameter made of HF tensors (one, or a dict by keyword: `{"q": ..., "k": ..., "v": ...}`).
@@ -151,10 +152,22 @@ def _term(text: str, implied: str | None, beside: str = "") -> Term:
     if " : " in named:
         return Term.parse(named)
     if ANYTHING in named:
-        raise UsageError(f"{text}: `**` stands for several tensors, which have an equation each: see each().")
+        raise stands_for_several(text)
     if implied is None:
-        raise UsageError(f"{text!r}: nothing implies its axes beside written ones; write them, as in `{text} : c h`.")
+        raise UsageError(
+            f"{text!r}: nothing implies its axes beside written ones; write them, as in {with_axes(text)}."
+        )
     return Term.parse(f"{named} : {implied}")
+
+
+def stands_for_several(text: str) -> UsageError:
+    """That a name with `**` has no equation of its own."""
+    return UsageError(f"{text}: `**` stands for several tensors, which have an equation each: see each().")
+
+
+def with_axes(name: str) -> str:
+    """How axes are written after a name, for errors: two of a weight, one of a bias."""
+    return f"`{name} : {_bare(name, 'c h')}`"
 
 
 def _named_wildcards(text: str, beside: str = "") -> str:

@@ -263,14 +263,26 @@ def test_what_implies_axes(megatron: str, hf: str, axes: str) -> None:
         (
             "language_model.decoder.layers.*.mlp.linear_fc1.weight",
             "model.language_model.layers.*.mlp.up_proj.weight",
-            "Use GatedMLPMapping, or write the axes on both sides",
+            r"Use GatedMLPMapping\.$",
         ),
+        (
+            "language_model.decoder.layers.*.mlp.linear_fc1.weight",
+            "model.language_model.layers.*.mlp.gate_proj.weight",
+            r"Use GatedMLPMapping\.$",
+        ),
+        (
+            "language_model.decoder.layers.*.self_attention.linear_qkv.weight",
+            "model.language_model.layers.*.self_attn.q_proj.weight",
+            r"Use QKVMapping\.$",
+        ),
+        ("a.router.expert_bias", "b.bias", r"Write them, as in `a.router.expert_bias : c`\.$"),
+        ("a.bias : c", "b.bias", r"write them, as in `b.bias : c`\.$"),
         (FC1, FUSED, "Use ExpertMLPGateUpProjMapping"),
         (FC2, FUSED, "Use ExpertMLPDownProjMapping"),
         (
             "language_model.decoder.layers.*.self_attention.linear_proj.weight",
             "model.language_model.layers.*.mlp.down_proj.weight",
-            "Pair it with its own",
+            r"Pair it with its own\.$",
         ),
         ("vision_model.patch_embed.other.**", "model.visual.patch_embed.proj.**", r"no model's table says what `\*\*`"),
         ("vision_model.merger.patch_norm.**", "other.**", r"as in `vision_model.merger.patch_norm.weight`"),
@@ -284,5 +296,13 @@ def test_what_is_not_guessed(megatron: str, hf: str, reason: str) -> None:
 def test_a_line_for_several_tensors_has_no_equation_of_its_own() -> None:
     line = AutoMapping("vision_model.merger.patch_norm.**", "model.visual.merger.norm.**")
     assert [one.megatron_param.rpartition(".")[2] for one in line.each()] == ["weight", "bias"]
-    with pytest.raises(UsageError, match="nothing implies|several tensors"):
+    with pytest.raises(UsageError, match=r"several tensors, which have an equation each: see each\(\)"):
         _ = line.equation
+
+
+@pytest.mark.parametrize("kind", [AutoMapping, ReplicatedMapping])
+def test_a_line_for_several_tensors_shows_them_all(kind: type[Mapping]) -> None:
+    line = kind("vision_model.patch_embed.proj.**", "model.visual.patch_embed.proj.**")  # type: ignore[call-arg]
+    weight, bias = line.each()
+    assert str(line) == f"{kind.__name__}\n{weight.equation}\n{bias.equation}"
+    assert "vision_model.patch_embed.proj.bias" in str(line)
