@@ -131,11 +131,32 @@ def explained(error: ModuleNotFoundError, purpose: str, *modules: str) -> NotIns
     top = module.partition(".")[0]
     if isinstance(error, NotInstalled) or top in ("", __name__.partition(".")[0]) or top in sys.stdlib_module_names:
         return None
-    known = tuple(package for package in PACKAGES if top == package.module.partition(".")[0])
+    known = tuple(package for package in PACKAGES if _is_within(module, package.module))
+    if known and is_installed(known[0].module):
+        return _too_old(purpose, module, known[0])
     if known:
         return _not_installed(purpose, tuple(dict.fromkeys((*known, *missing(*modules)))))
-    text = f"{purpose} needs the Python module {top}, which {_importer(error)} imports and which is not installed"
-    return NotInstalled(f"{text}: install the package that has it.", name=module)
+    imported = f"{purpose} needs the Python module {{}}, which {_importer(error)} imports and which {{}}"
+    if is_installed(top):
+        text = imported.format(
+            module, f"{top}, as it is installed, does not have: install another release, or what adds"
+        )
+        return NotInstalled(f"{text} it.", name=module)
+    return NotInstalled(imported.format(top, "is not installed: install the package that has it."), name=module)
+
+
+def _is_within(module: str, package: str) -> bool:
+    """Whether a module is a package or a part of it, or what the package is a part of."""
+    return f"{module}.".startswith(f"{package}.") or package.startswith(f"{module}.")
+
+
+def _too_old(purpose: str, module: str, package: Package) -> NotInstalled:
+    """Of a package that is there, without a module that others of its releases have."""
+    name = package.package
+    there = f"{name} {_version(name)}".rstrip()
+    words = dict.fromkeys([name, *command((package,)).split()[2:]])
+    text = f"{purpose} needs {module}, which {there}, as it is installed, does not have"
+    return NotInstalled(f"{text}: pip install -U {' '.join(words)}", name=module)
 
 
 def _importer(error: ModuleNotFoundError) -> str:

@@ -6,7 +6,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,38 @@ def test_a_package_that_nobody_foresaw_is_named_with_what_imports_it(
         import_module("a_library")
 
 
+def test_a_package_that_is_too_old_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "is_installed", lambda module: True)
+    monkeypatch.setattr(installed, "version", lambda package: {"transformers": "4.50.1", "decord": "0.6"}[package])
+    lacks = {
+        "transformers.models.qwen3_vl": (
+            "verify needs transformers.models.qwen3_vl, which transformers 4.50.1, as it is installed, does not have: "
+            "pip install -U transformers 'qwen3vl-convert[transformers]'"
+        ),
+        "decord.bridge": (
+            "verify needs decord.bridge, which decord 0.6, as it is installed, does not have: pip install -U decord"
+        ),
+    }
+    for module, said in lacks.items():
+        error = ModuleNotFoundError(f"No module named {module!r}", name=module)
+        assert str(installed.explained(error, "verify")) == said
+
+
+def test_a_real_import_from_a_package_that_lacks_the_module() -> None:
+    pytest.importorskip("torch", reason="the package that is there is torch, which is not installed")
+    said = rf"plan needs torch.no_such_part, which torch {re.escape(version('torch'))}, as it is installed, does not"
+    with pytest.raises(NotInstalled, match=said), named("plan"):
+        import_module("torch.no_such_part")
+
+
+def test_another_package_of_the_same_namespace_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`megatron` is shared: that megatron.training is missing says nothing of megatron-core."""
+    monkeypatch.setattr(installed, "is_installed", lambda module: module != "megatron.core")
+    said = {"megatron.core.models": "needs megatron-core, ", "megatron": "needs megatron-core, "}
+    for module, expected in (said | {"megatron.training": "needs the Python module megatron.training, "}).items():
+        assert expected in str(installed.explained(ModuleNotFoundError(name=module), "verify"))
+
+
 @pytest.mark.parametrize("module", ["qwen3vl_convert.no_such_room", "json.no_such_part"])
 def test_a_mistake_of_the_program_s_stays_one(module: str) -> None:
     with pytest.raises(ModuleNotFoundError) as caught, named("plan"):
@@ -231,7 +263,11 @@ def missing_here() -> list[str]:
     return [package.module for package in missing(*INSTALLED_IN_FULL)]
 
 
-def test_an_import_that_fails_deep_in_a_command_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_import_that_fails_deep_in_a_command_is_no_bug(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent(monkeypatch, "triton")
+
     def plan_something() -> None:
         raise ModuleNotFoundError("No module named 'triton.language'", name="triton.language")
 
