@@ -175,7 +175,8 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
     occupied = target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir())))
     if occupied and not overwrite:
         raise OutputError(
-            f"{target} exists. Choose another target, or pass --overwrite to replace it when the new one is done."
+            f"{target} exists. Choose another target, or pass --overwrite (from Python overwrite=True) "
+            "to replace it when the new one is done."
         )
     if occupied and (target.is_symlink() or not target.is_dir()):
         kind = "a link" if target.is_symlink() else "not a folder"

@@ -242,6 +242,14 @@ def test_what_is_unknown_is_refused(tiny: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
+def test_a_method_takes_its_own_arguments_alone(tiny: Path, tmp_path: Path) -> None:
+    bridge = AutoBridge.from_hf_pretrained(tiny)
+    expected = "wrap_with_ddp, use_cpu_initialization"
+    said = rf"load_megatron_model: distributed_save=True is unknown. Expected one of {expected}\.$"
+    with pytest.raises(UsageError, match=said):
+        bridge.load_megatron_model(tmp_path, distributed_save=True)
+
+
 @pytest.mark.parametrize("method", NOT_HERE)
 def test_what_is_not_here_says_what_to_do_instead(tiny: Path, method: str) -> None:
     with pytest.raises(UsageError, match=rf"AutoBridge\.{method} is not here: \w"):
@@ -250,7 +258,7 @@ def test_what_is_not_here_says_what_to_do_instead(tiny: Path, method: str) -> No
 
 def test_nothing_is_overwritten_unless_asked_for(tiny: Path, tmp_path: Path) -> None:
     AutoBridge.import_ckpt(tiny, tmp_path / "m")
-    with pytest.raises(OutputError, match="exists"):
+    with pytest.raises(OutputError, match=r"exists. .*pass --overwrite \(from Python overwrite=True\) to replace it"):
         AutoBridge.import_ckpt(tiny, tmp_path / "m")
     AutoBridge.import_ckpt(tiny, tmp_path / "m", overwrite=True, layout=ParallelLayout(ep=2))
     assert (tmp_path / "m" / "iter_0000000" / "__1_0.distcp").is_file()

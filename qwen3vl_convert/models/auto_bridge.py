@@ -30,7 +30,7 @@ from qwen3vl_convert.manifest import read_manifest
 from qwen3vl_convert.mappings import MegatronMappingRegistry
 from qwen3vl_convert.megatron.checkpoint import iteration_folder, read_megatron
 from qwen3vl_convert.megatron.run_config import read_run_config
-from qwen3vl_convert.models.bridge_arguments import LOADING, check_arguments, dtype_option
+from qwen3vl_convert.models.bridge_arguments import LOADING, check_arguments, dtype_option, live
 from qwen3vl_convert.models.launch import once
 from qwen3vl_convert.models.source import Source, read_source
 from qwen3vl_convert.parallel import ParallelLayout
@@ -252,7 +252,7 @@ class AutoBridge:
         allow_dtype_cast: bool = False,
     ) -> Any:
         """As the bridge's."""
-        check_arguments("load_hf_weights", {"allowed_mismatched_params": allowed_mismatched_params or None})
+        check_arguments("load_hf_weights", {"allowed_mismatched_params": allowed_mismatched_params or None}, {})
         return self.bridge.load_hf_weights(model, hf_path, allow_dtype_cast=allow_dtype_cast)
 
     def export_hf_weights(
@@ -267,7 +267,7 @@ class AutoBridge:
     ) -> Iterator[Any]:
         """As the bridge's, with its options."""
         asked = {"conversion_tasks": conversion_tasks, "merge_adapter_weights": merge_adapter_weights}
-        check_arguments("export_hf_weights", asked)
+        check_arguments("export_hf_weights", asked, live("merge_adapter_weights"))
         found: Iterator[Any] = self.bridge.export_hf_weights(
             model, cpu, **_with_dtype("export_hf_weights", options, weight_dtype)
         )
@@ -293,7 +293,7 @@ class AutoBridge:
             "distributed_save": distributed_save,
             "save_every_n_ranks": save_every_n_ranks,
         }
-        check_arguments("save_hf_pretrained", asked)
+        check_arguments("save_hf_pretrained", asked, live(*asked))
         options = _with_dtype("save_hf_pretrained", options, weight_dtype)
         self.bridge.save_hf_pretrained(model, path, source_path=source_path, **options)
 
@@ -315,7 +315,7 @@ class AutoBridge:
         `hf_tokenizer_path`. The checkpoint appears when it is complete; what fails on one rank is raised on all.
         """
         asked = {"low_memory_save": low_memory_save, "hf_tokenizer_kwargs": hf_tokenizer_kwargs}
-        check_arguments("save_megatron_model", asked)
+        check_arguments("save_megatron_model", asked, live(*asked))
         files = hf_tokenizer_path or self.source.name or self.hf_model_id
         _of_live_models("checkpointing").save_model(model, self.source, Path(path), files, iteration, overwrite)
 
@@ -333,7 +333,7 @@ class AutoBridge:
         is whole. Settings are those of the bridge's model, the padded vocabulary is the checkpoint's. Raises
         `TensorError`'s kinds unless checkpoint and model are the same tensors.
         """
-        check_arguments("load_megatron_model", kwargs, known=("wrap_with_ddp",))
+        check_arguments("load_megatron_model", kwargs, live("use_cpu_initialization"), ("wrap_with_ddp",))
         if kwargs.get("wrap_with_ddp"):
             raise UsageError("AutoBridge.load_megatron_model: wrap_with_ddp=True: wrap the chunks that it returns.")
         chunks: list[Any] = _of_live_models("checkpointing").load_model(

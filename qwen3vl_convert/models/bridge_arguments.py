@@ -55,10 +55,15 @@ INSTEAD = {
 """Refused where it asks for something: what to do instead."""
 
 
+def live(*names: str) -> dict[str, WithoutEffect]:
+    """Those of `LIVE` that a method takes."""
+    return {name: LIVE[name] for name in names}
+
+
 def check_arguments(
-    method: str, given: Mapping[str, Any], idle: Mapping[str, WithoutEffect] = LIVE, known: tuple[str, ...] = ()
+    method: str, given: Mapping[str, Any], idle: Mapping[str, WithoutEffect], known: tuple[str, ...] = ()
 ) -> None:
-    """Refuse what is unknown or cannot be done, and say in one warning what has no effect; `known` ones have one.
+    """Refuse what is unknown or cannot be done, and say in one warning what has no effect (`idle`); `known` ones have.
 
     To be called by the method that the user calls, so that the warning points to the user's line.
     """
