@@ -1,23 +1,33 @@
 """What scripts for Megatron-Bridge ask a provider for: the process groups, and the model of this rank in a list."""
 
 import atexit
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
 from qwen3vl_convert.errors import UsageError
+from qwen3vl_convert.models.cpu import cpu_for_cuda
 from qwen3vl_convert.models.cut import layout_of, stages_of
-from qwen3vl_convert.models.world import parallel_world
+from qwen3vl_convert.models.world import lasting_world, seed_everything
 
 Hook = Callable[[list[Any]], list[Any] | None]
 
 _UNTIL_THE_END = ExitStack()
 """Process groups that nobody else takes down."""
-atexit.register(_UNTIL_THE_END.close)
+
+
+@atexit.register
+def _take_down() -> None:
+    """Not where the program failed: other ranks may wait for this one, and are told by its end. NCCL would not let it
+    go without them.
+    """
+    if getattr(sys, "last_value", None) is None:
+        _UNTIL_THE_END.close()
 
 
 class Distributed:
@@ -31,13 +41,14 @@ class Distributed:
         """
         settings: Any = self
         if not torch.distributed.is_initialized():
-            world = parallel_world(
-                layout_of(settings), cp=settings.context_parallel_size, seed=1234 if seed is None else seed
-            )
-            found = _UNTIL_THE_END.enter_context(world)
-            for name, value in found.settings(sequence_parallel=settings.sequence_parallel).items():
+            world, undo = lasting_world(layout_of(settings), settings.context_parallel_size)
+            _UNTIL_THE_END.enter_context(undo)
+            for name, value in world.settings(sequence_parallel=settings.sequence_parallel).items():
                 setattr(settings, name, value)
+            seed_everything(1234 if seed is None else seed, **(seed_kwargs or {}))
             return
+        if not torch.cuda.is_available():
+            _UNTIL_THE_END.enter_context(cpu_for_cuda())
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=settings.tensor_model_parallel_size,
             pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
@@ -47,7 +58,7 @@ class Distributed:
             expert_tensor_parallel_size=settings.expert_tensor_parallel_size,
         )
         if seed is not None:
-            tensor_parallel.model_parallel_cuda_manual_seed(seed, **(seed_kwargs or {}))
+            seed_everything(seed, **(seed_kwargs or {}))
 
     def register_pre_wrap_hook(self, hook: Hook, prepend: bool = False) -> None:
         """Have a function called with the chunks that `provide_distributed_model` builds, before they are wrapped."""

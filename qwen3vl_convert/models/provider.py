@@ -156,6 +156,8 @@ class Qwen3ModelProvider(Distributed, Qwen3VLTransformerConfig):
             "context_parallel_size": parallel_state.get_context_parallel_world_size(),
             "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         }
+        if self.num_moe_experts and self.expert_tensor_parallel_size is not None:  # None is whatever the groups have
+            found["expert_tensor_parallel_size"] = parallel_state.get_expert_tensor_parallel_world_size()
         for setting, size in found.items():
             if getattr(self, setting) != size:
                 raise ConfigError(

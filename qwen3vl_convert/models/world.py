@@ -19,8 +19,9 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.models.cpu import cpu_for_cuda
-from qwen3vl_convert.models.launch import LAUNCHED, launched
+from qwen3vl_convert.models.launch import meeting_place
 from qwen3vl_convert.parallel import ParallelLayout
+from qwen3vl_convert.torchrun import launched, process, processes
 
 _SEED_STEP = 100
 """Between pipeline stages, as Megatron-LM has it: their layers start from different random weights."""
@@ -105,23 +106,30 @@ def parallel_world(
     """
     world = _world(layout or ParallelLayout(), cp, rank, world_size)
     _check_unused()
-    meeting = _meeting(world, store)
-    on_gpu = torch.cuda.is_available() and backend != "gloo"
     with ExitStack() as undo:
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", world.rank % torch.cuda.device_count())))
-        undo.enter_context(torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []))
-        undo.enter_context(nullcontext() if on_gpu else cpu_for_cuda())
-        undo.callback(_destroy)
-        backend = backend or ("nccl" if on_gpu else "gloo")
-        torch.distributed.init_process_group(
-            backend, rank=world.rank, world_size=world.size, timeout=timeout, **meeting
-        )
-        _initialize_megatron(world)
-        _seed(seed)
+        _set_up(world, undo, _meeting(world, store, timeout), backend, timeout)
+        seed_everything(seed)
         yield world
         if torch.distributed.is_initialized():  # unless taken down by hand
             torch.distributed.barrier()  # who leaves first would take the connections of the others with it
+
+
+def lasting_world(
+    layout: ParallelLayout, cp: int, timeout: timedelta = timedelta(minutes=10)
+) -> tuple[World, ExitStack]:
+    """`parallel_world` without seeds, and what undoes it: that waits for no other rank, since one may have died."""
+    world = _world(layout, cp, None, None)
+    _check_unused()
+    with ExitStack() as undo:
+        _set_up(world, undo, _meeting(world, None, timeout), None, timeout)
+        return world, undo.pop_all()
+
+
+def seed_everything(seed: int, **settings: Any) -> None:
+    """Set the seeds of this rank, which follow from its place. `settings`: of `model_parallel_cuda_manual_seed`."""
+    seed += _SEED_STEP * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, **settings)
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
@@ -131,7 +139,7 @@ def _world(layout: ParallelLayout, cp: int, rank: int | None, size: int | None) 
     if (rank is None) != (size is None):
         raise UsageError(f"rank={rank}, world_size={size}: expected both, or neither to take what torchrun says.")
     if rank is None or size is None:
-        rank, size = (int(os.environ[name]) for name in LAUNCHED[:2]) if launched() else (0, 1)
+        rank, size = process(), processes()
     if cp < 1:
         raise UsageError(f"cp={cp}: expected 1 or more.")
     unit = layout.pp * math.lcm(layout.tp * cp, layout.ep * layout.etp)
@@ -153,21 +161,35 @@ def _check_unused() -> None:
         )
 
 
-def _meeting(world: World, store: Path | None) -> dict[str, Any]:
-    """Where the processes find each other, as arguments of `init_process_group`."""
+def _meeting(world: World, store: Path | None, timeout: timedelta) -> Any:
+    """The store by which the processes find each other."""
     if world.size == 1:
-        return {"store": torch.distributed.HashStore()}  # type: ignore[attr-defined]
+        return torch.distributed.HashStore()  # type: ignore[attr-defined]
     if store is not None:
-        return {"store": torch.distributed.FileStore(str(store), world.size)}  # type: ignore[attr-defined]
+        return torch.distributed.FileStore(str(store), world.size)  # type: ignore[attr-defined]
     if launched():
-        return {"init_method": "env://"}
+        return meeting_place(world.rank, world.size, timeout)
     raise UsageError(
         f"world_size={world.size}: expected a place where the processes meet, found none. Start them with "
         f"`torchrun --nproc-per-node {world.size}`, or pass store=, a file that all see and that does not exist yet."
     )
 
 
-# ---- Megatron-Core ---------------------------------------------------------------------------------------------------
+# ---- set up ----------------------------------------------------------------------------------------------------------
+
+
+def _set_up(world: World, undo: ExitStack, store: Any, backend: str | None, timeout: timedelta) -> None:
+    """All but the seeds; what undoes it is left in `undo`."""
+    on_gpu = torch.cuda.is_available() and backend != "gloo"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", world.rank % torch.cuda.device_count())))
+    undo.enter_context(torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []))
+    undo.enter_context(nullcontext() if on_gpu else cpu_for_cuda())
+    undo.callback(_destroy)
+    torch.distributed.init_process_group(
+        backend or ("nccl" if on_gpu else "gloo"), store=store, rank=world.rank, world_size=world.size, timeout=timeout
+    )
+    _initialize_megatron(world)
 
 
 def _initialize_megatron(world: World) -> None:
@@ -180,12 +202,6 @@ def _initialize_megatron(world: World) -> None:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
     )
-
-
-def _seed(seed: int) -> None:
-    seed += _SEED_STEP * parallel_state.get_pipeline_model_parallel_rank()
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def _destroy() -> None:

@@ -22,9 +22,10 @@ from qwen3vl_convert.huggingface.hub import resolve
 from qwen3vl_convert.model import open_huggingface, open_megatron
 from qwen3vl_convert.parallel import ParallelLayout
 from qwen3vl_convert.progress import Report, within
+from qwen3vl_convert.torchrun import processes
 from qwen3vl_convert.verify.diff import DiffReport, diff
 from qwen3vl_convert.verify.result import LogitsReport, Verification
-from qwen3vl_convert.verify.verification import LogitsOptions, check_logits, processes, verify
+from qwen3vl_convert.verify.verification import LogitsOptions, check_logits, verify
 
 _CUTS = ("tp", "pp", "ep")
 

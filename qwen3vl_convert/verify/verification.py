@@ -5,7 +5,6 @@ found = verify("Qwen3-VL-8B-Instruct", "runs/vl8b", logits=LogitsOptions())     
 found.equal
 """
 
-import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from qwen3vl_convert.installed import need
 from qwen3vl_convert.model import HuggingFaceModel, MegatronModel, open_huggingface
 from qwen3vl_convert.progress import Report, begin
 from qwen3vl_convert.storage import StoredTensor
+from qwen3vl_convert.torchrun import process, processes
 from qwen3vl_convert.verify.result import ULP_BUCKETS, LogitsReport, Side, Verification, WeightsReport
 from qwen3vl_convert.verify.weights import compare_weights, open_beside
 
@@ -91,7 +91,7 @@ def verify(
         check_logits(headless, logits)
     theirs = open_huggingface(resolve(huggingface, weights=True).folder, headless=headless)
     ours = open_beside(theirs, Path(megatron), iteration, headless)
-    if weights is None and logits is not None and _rank() > 0:
+    if weights is None and logits is not None and process() > 0:
         weights = _NOT_READ  # under torchrun the others go ahead and wait for the first
     elif weights is None:
         weights = compare_weights(theirs, ours, dtype_tolerant=dtype_tolerant, options=options, report=report)
@@ -146,16 +146,6 @@ def _import(model: str, report: Report | None) -> None:
     begin(report, f"import {', '.join(needed.values())}")
     for module in needed:
         import_module(module)
-
-
-def _rank() -> int:
-    """This process among those that torchrun started."""
-    return int(os.environ.get("RANK", "0")) if processes() > 1 else 0
-
-
-def processes() -> int:
-    """How many torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_logits(headless: bool, options: LogitsOptions) -> None:

@@ -1,10 +1,12 @@
 """One rank of the tests of Megatron checkpoints of live models. Jobs for `parallel.run_ranks`."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from models.bridge_rank import Case, build, held, passed
 from oracles.megatron_rank import results_in_this_process
@@ -81,3 +83,25 @@ def converted_by_one(rank: int, size: int, case: Case) -> tuple[int, str, str]:
     finally:
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
+
+
+def in_processes_of_the_script(rank: int, size: int, folder: Path, store: Path) -> dict[str, torch.Tensor]:
+    """What a model cut over the ranks holds that is built where torch.distributed is up already, as it is exported."""
+    from megatron.core import parallel_state
+
+    from qwen3vl_convert.models import AutoBridge
+    from qwen3vl_convert.models.distributed import _UNTIL_THE_END
+
+    place = dist.FileStore(str(store), size)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=place, rank=rank, world_size=size)
+    try:
+        bridge = AutoBridge.from_hf_pretrained(folder)
+        provider = bridge.to_megatron_provider()
+        provider.tensor_model_parallel_size = size
+        provider.finalize()
+        chunks = provider.provide_distributed_model(wrap_with_ddp=False)
+        return dict(bridge.export_hf_weights(chunks))
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        _UNTIL_THE_END.close()

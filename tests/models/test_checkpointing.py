@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from models.bridge_rank import Case
-from models.checkpoint_rank import converted_by_one, loaded, refused, saved
+from models.checkpoint_rank import converted_by_one, in_processes_of_the_script, loaded, refused, saved
 from models.parallel import run_ranks
 from oracles.megatron_rank import results_in_this_process
 from qwen3vl_convert import Dims, ParallelLayout, RunOptions, hf_to_megatron, make_checkpoint, megatron_to_hf
@@ -177,6 +177,21 @@ class TestInOneProcess:
             make_checkpoint(tmp_path / "wider", replace(DENSE, layers=1, ffn=96))
             with pytest.raises(MisshapenTensor, match="linear_fc1"):
                 AutoBridge.from_hf_pretrained(tmp_path / "wider").load_megatron_model(tmp_path / "m")
+
+    def test_experts_are_cut_as_the_process_groups_are(self, tmp_path: Path) -> None:
+        from qwen3vl_convert import AutoBridge
+
+        make_checkpoint(tmp_path / "hf", MOE)
+        AutoBridge.import_ckpt(tmp_path / "hf", tmp_path / "m")
+        bridge = AutoBridge.from_hf_pretrained(tmp_path / "hf")
+        with pytest.raises(ConfigError, match="expert_tensor_parallel_size: expected 1, .* found 2"):
+            bridge.load_megatron_model(tmp_path / "m", mp_overrides={"expert_tensor_parallel_size": 2})
+
+    def test_in_the_processes_of_the_script(self, folder: Path) -> None:
+        """It has set up torch.distributed, and there is no GPU."""
+        first, second = run_ranks(None, in_processes_of_the_script, folder, folder.parent / "store", size=2)
+        assert_same_bits(first, load_huggingface(folder))
+        assert_same_bits(second, first)
 
     def test_a_model_for_training(self, folder: Path) -> None:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig

@@ -1,11 +1,9 @@
 """Logits in the checkpoint's own layout, in as many processes: the same numbers as in one, and the same answer."""
 
 import json
-import os
 import re
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +14,8 @@ import pytest
 import yaml
 from torch import Tensor
 
-from broken import ITERATION, QUICK, copied, user_environment
+from broken import ITERATION, QUICK, copied
+from launcher import torchrun
 from models.parallel import run_ranks
 from models.planted import lively_checkpoint
 from qwen3vl_convert import Dims, ParallelLayout, UsageError, hf_to_megatron
@@ -332,18 +331,14 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 LAUNCHED = RUNS["pp2 uneven"]
 
 
-def torchrun(job: Job, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    processes = str(LAUNCHED.processes)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    program = ["-m", "verify.parallel_rank", str(job.huggingface), str(job.megatron), *arguments]
-    environment = user_environment()
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment["PYTHONPATH"]])
-    return subprocess.run([*launch, *program], capture_output=True, text=True, env=environment, timeout=600)
+def under_torchrun(job: Job, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    program = ("-m", "verify.parallel_rank", str(job.huggingface), str(job.megatron), *arguments)
+    return torchrun(*program, processes=LAUNCHED.processes)
 
 
 @pytest.mark.slow
 def test_under_torchrun(checkpoints: Checkpoints) -> None:
-    done = torchrun(checkpoints.job(LAUNCHED))
+    done = under_torchrun(checkpoints.job(LAUNCHED))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["equal"]
@@ -354,7 +349,7 @@ def test_under_torchrun(checkpoints: Checkpoints) -> None:
 @pytest.mark.slow
 def test_nobody_waits_for_a_process_that_failed_in_the_pipeline(checkpoints: Checkpoints) -> None:
     """It ends, and torchrun ends the first stage, which has asked for its logits."""
-    done = torchrun(checkpoints.job(LAUNCHED), "1")
+    done = under_torchrun(checkpoints.job(LAUNCHED), "1")
     assert done.returncode == 1
     assert "CorruptFile: a planted fault" in done.stderr
     assert not done.stdout

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from broken import QUICK, command, command_line, user_environment
+from launcher import TOLD
 from models.planted import lively_checkpoint
 from qwen3vl_convert import ParallelLayout, hf_to_megatron
 from qwen3vl_convert.errors import UsageError
@@ -189,7 +190,8 @@ main()
 
 
 def test_torchrun_is_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in TOLD.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="start it without torchrun"):
         roundtrip(made / "dense")
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher import TOLD
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.verify import verification
 from qwen3vl_convert.verify.result import LogitsReport
@@ -88,6 +89,7 @@ def test_what_it_cannot_do() -> None:
 
 
 def test_it_runs_in_one_process(bases: Bases, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in TOLD.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="without torchrun"):
         opinion(bases.huggingface("dense"), bases.megatron("dense"))

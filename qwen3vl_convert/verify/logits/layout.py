@@ -11,6 +11,7 @@ from qwen3vl_convert.megatron.checkpoint import MegatronCheckpoint
 from qwen3vl_convert.megatron.run_config import read_run_config
 from qwen3vl_convert.model import Model
 from qwen3vl_convert.parallel import ParallelLayout
+from qwen3vl_convert.torchrun import processes
 
 _ALONE = "Run it without torchrun, in one process."
 
@@ -66,7 +67,7 @@ def _said(checkpoint: MegatronCheckpoint) -> Mapping[str, Any]:
 
 def check_processes(layout: ParallelLayout, checkpoint: MegatronCheckpoint) -> None:
     """Raise `UsageError` unless torchrun started as many processes as the layout needs, or a multiple."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = processes()
     if size % layout.world:
         raise UsageError(
             f"{checkpoint.folder}: was written as {layout}, expected {layout.world} processes or a multiple, found "
