@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from launcher import torchrun
 from models.planted import lively_checkpoint
 from models.prompts import Prompt, make_prompt
 from models.sides import load_theirs, our_inputs, our_logits, their_logits, transformers_release
@@ -418,6 +419,7 @@ def test_the_page_under_torchrun_is_the_same_training(after_the_page: Path, tmp_
         code = code.replace(before, after)
     shutil.copytree(after_the_page / "tiny", tmp_path / "tiny")
     (tmp_path / "page.py").write_text(code)
-    run_python(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "page.py")
+    done = torchrun("page.py", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
     trained, expected = (load_huggingface(folder / "trained") for folder in (tmp_path, after_the_page))
     assert distance(trained, expected) <= STEPS

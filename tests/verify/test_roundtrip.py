@@ -96,6 +96,7 @@ def test_it_says_which_models_it_built_of_what_where_and_how_far_apart_they_are(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_same_as_json_of_a_megatron_checkpoint(made: Path, tmp_path: Path) -> None:
     done = run(tmp_path, made / "moe-run", *CPU, "--dtype", "bf16", "--json")
     assert done.returncode == 0, done.stderr
@@ -111,6 +112,7 @@ def test_the_same_as_json_of_a_megatron_checkpoint(made: Path, tmp_path: Path) -
     assert [bool(step["found"] and step["found"]["logits"]) for step in found["steps"]] == [False, True, False, False]
 
 
+@pytest.mark.slow
 def test_without_logits_no_model_is_spoken_of(made: Path, tmp_path: Path) -> None:
     done = run(tmp_path, made / "dense")
     assert sections(done.stdout)[0] == "EQUAL: there and back, TP2 PP2 and TP1."
@@ -119,6 +121,7 @@ def test_without_logits_no_model_is_spoken_of(made: Path, tmp_path: Path) -> Non
     assert (found["models"], found["built"], found["spared"]) == (None, [], "")
 
 
+@pytest.mark.slow
 def test_the_third_model_can_take_the_place_of_megatron_core_s(made: Path, tmp_path: Path) -> None:
     done = run(tmp_path, made / "dense", *CPU, "--model", "inference")
     assert done.returncode == 0, done.stderr
@@ -128,6 +131,7 @@ def test_the_third_model_can_take_the_place_of_megatron_core_s(made: Path, tmp_p
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_equation_that_is_wrong_both_ways_has_the_right_bits_and_other_logits(made: Path, tmp_path: Path) -> None:
     """No round trip of bits can see it; the logits do, and say where."""
     bits = run(tmp_path, made / "moe", program=WRONG_HEADS)
@@ -146,6 +150,7 @@ def test_an_equation_that_is_wrong_both_ways_has_the_right_bits_and_other_logits
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_model_that_computes_something_else_is_found_with_its_place(made: Path, tmp_path: Path) -> None:
     found = json.loads(run(tmp_path, made / "dense", *CPU, "--json", program=WRONG_ROPE).stdout)
     assert (found["equal"], found["models"]["equal"], found["spared"]) == (False, False, "")
@@ -156,6 +161,7 @@ def test_a_model_that_computes_something_else_is_found_with_its_place(made: Path
     assert step["found"]["logits"]["place"]["text"].startswith("text layer 0, self_attention.linear_proj, input")
 
 
+@pytest.mark.slow
 def test_what_came_back_is_compared_itself(made: Path, tmp_path: Path) -> None:
     """A folder that is wrong on the way back and taken for right on the way there: only it can tell."""
     program = f"""
