@@ -6,6 +6,8 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 # A file's tests share what they set up: checkpoints, and processes that have imported Megatron-Core.
 PYTEST = bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Where this is set, hundreds of processes would compile torch and Megatron-Core anew, each for itself.
+unexport PYTHONDONTWRITEBYTECODE
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -21,7 +23,7 @@ PYTHON312 ?= $(call find_python,3.12)
 PYTHON313 ?= $(call find_python,3.13)
 
 INPUTS := pyproject.toml setup.py constraints.txt
-# What is never imported need not be compiled.
+# What is never imported need not be compiled; the rest is when it is first imported.
 PIP_INSTALL = bin/python -m pip install -qq --no-compile --disable-pip-version-check
 # The oldest transformers that is supported, with what it needs older than constraints.txt says. It needs requests too.
 OLDEST := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
