@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from qwen3vl_convert.errors import UsageError
 from qwen3vl_convert.models.cpu import cpu_for_cuda
 from qwen3vl_convert.models.cut import layout_of, stages_of
-from qwen3vl_convert.models.world import lasting_world, seed_everything
+from qwen3vl_convert.models.world import World, initialize_megatron, lasting_world, seed_everything
 
 Hook = Callable[[list[Any]], list[Any] | None]
 
@@ -49,14 +49,8 @@ class Distributed:
             return
         if not torch.cuda.is_available():
             _UNTIL_THE_END.enter_context(cpu_for_cuda())
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=settings.tensor_model_parallel_size,
-            pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=settings.virtual_pipeline_model_parallel_size,
-            context_parallel_size=settings.context_parallel_size,
-            expert_model_parallel_size=settings.expert_model_parallel_size,
-            expert_tensor_parallel_size=settings.expert_tensor_parallel_size,
-        )
+        ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        initialize_megatron(World(layout_of(settings), settings.context_parallel_size, *ranks))
         if seed is not None:
             seed_everything(seed, **(seed_kwargs or {}))
 

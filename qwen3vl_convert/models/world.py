@@ -189,10 +189,11 @@ def _set_up(world: World, undo: ExitStack, store: Any, backend: str | None, time
     torch.distributed.init_process_group(
         backend or ("nccl" if on_gpu else "gloo"), store=store, rank=world.rank, world_size=world.size, timeout=timeout
     )
-    _initialize_megatron(world)
+    initialize_megatron(world)
 
 
-def _initialize_megatron(world: World) -> None:
+def initialize_megatron(world: World) -> None:
+    """Megatron-Core's process groups, over processes that torch.distributed has already."""
     layout = world.layout
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
